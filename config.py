@@ -1,0 +1,302 @@
+"""The configuration of train.py and eval.py: two flat dataclasses, filled from a YAML file and the command line.
+
+Every key is listed here with its meaning. A YAML file is turned into `--key value` words and the command line's words
+follow them, so that types, precedence (the last word wins) and errors go one way.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, exit code 2."""
+
+
+def run_main(main: typing.Callable[[], Any], program: str) -> NoReturn:
+    """Run a program's main: a UserError becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as e:
+        print(f"{program}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; what it had saved is in its output_dir", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def key(default: Any = dataclasses.MISSING, help: str = "") -> Any:
+    """A dataclass field with its line of help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """Keys of train.py, in a YAML file (--config FILE) or as --key value."""
+
+    # model and data
+    model: str = key(help="folder or Hub id of the model to fine-tune")
+    dataset: str = key(help="training rows: a .jsonl, .json (also .gz) or .parquet file, a folder of them, or a Hub id")
+    output_dir: str = key(help="folder of this run: log, checkpoints, final model")
+    tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")
+    dataset_split: str = key("train", "split of a Hub dataset")
+    template: str = key("metamath", "prompt template, a word of TEMPLATES in data.py")
+    max_length: int = key(512, "tokens per example at most")
+    overlong: Literal["truncate", "drop"] = key("truncate", "what happens to longer examples")
+    max_train_rows: int = key(0, "use only the first N rows of the dataset; 0: all")
+    eval_rows: int = key(0, "hold out N random rows for the evaluation loss")
+
+    # the method
+    rule: Literal["none", "gmt", "rmt", "hft"] = key("gmt", "which weights are updated: none is plain SFT")
+    keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; for gmt and rmt")
+    scope: Literal["tensor", "model"] = key("tensor", "one threshold per matrix, or one over all of them")
+    masked_weights: Literal["momentum"] = key("momentum", "a masked weight's gradient is 0; its moments still move it")
+    exclude: list[str] = key([], "patterns of parameter names that are not masked, e.g. '*embed_tokens*'")
+    mask_vectors: bool = key(False, "mask 1-D tensors (norms, biases) too")
+
+    # optimization
+    learning_rate: float = key(2e-5, "peak learning rate of AdamW")
+    lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up; cosine, linear: down to 0")
+    warmup_ratio: float = key(0.0, "fraction of all steps with a linearly rising learning rate")
+    warmup_steps: int = key(0, "the same as a number of steps; set one of the two")
+    weight_decay: float = key(0.0, "decoupled weight decay, on matrices only")
+    adam_beta1: float = key(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = key(0.999, "decay of AdamW's second moment")
+    adam_epsilon: float = key(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = key(1.0, "clip the gradient's norm, before masking; 0: no clipping")
+    epochs: int = key(3, "passes over the data")
+    max_steps: int = key(0, "stop (and end the schedule) after N optimizer steps; 0: after `epochs`")
+    global_batch_size: int = key(128, "examples per optimizer step, over all processes")
+    per_device_batch_size: int = key(0, "examples per forward pass at most; 0: by micro_batch_tokens alone")
+    micro_batch_tokens: int = key(16384, "tokens per forward pass at most, padding included")
+    seed: int = key(0, "of the order of examples, the random rules and dropout")
+
+    # precision
+    mixed_precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "autocast dtype; fp32: none")
+    master_dtype: Literal["float32", "float64"] = key("float32", "dtype of the trained weights")
+    deterministic: bool = key(False, "deterministic GPU kernels, so that a resumed run is bitwise the same there too")
+
+    # the run
+    resume: bool = key(False, "go on from the latest checkpoint in output_dir")
+    resume_changed: bool = key(False, "resume although configuration, data or package versions differ")
+    overwrite: bool = key(False, "delete the run that is in output_dir")
+    save_every: int = key(0, "steps between checkpoints; 0: none")
+    keep_checkpoints: int = key(2, "the latest N checkpoints are kept")
+    log_every: int = key(1, "steps between lines of metrics.jsonl")
+    eval_every: int = key(0, "steps between evaluation losses; 0: at the end only")
+
+    def __post_init__(self):
+        """Raise UserError where keys contradict each other or are out of range."""
+        masks = self.rule in ("gmt", "rmt")
+        if masks and self.keep_ratio is None:
+            raise UserError(f"rule {self.rule} needs keep_ratio, the fraction of entries kept, in (0, 1]")
+        if masks and not 0 < self.keep_ratio <= 1:
+            raise UserError(f"keep_ratio is the fraction of entries kept and must be in (0, 1], got {self.keep_ratio}")
+        for name in ("keep_ratio", "scope", "exclude", "mask_vectors"):
+            default = next(_default(f) for f in dataclasses.fields(self) if f.name == name)
+            if not masks and getattr(self, name) != default:
+                raise UserError(f"{name} has no meaning for rule {self.rule}: leave it out (or use rule gmt or rmt)")
+
+        at_least = {
+            **dict.fromkeys(("epochs", "global_batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"), 1),
+            **dict.fromkeys(("max_train_rows", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
+            **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
+            "max_length": 2,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "adam_epsilon"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.warmup_ratio and self.warmup_steps:
+            raise UserError(f"set warmup_ratio ({self.warmup_ratio}) or warmup_steps ({self.warmup_steps}), not both")
+        if self.micro_batch_tokens < self.max_length:
+            raise UserError(
+                f"one example may have max_length {self.max_length} tokens, but a forward pass takes "
+                f"micro_batch_tokens {self.micro_batch_tokens}: raise the one or lower the other"
+            )
+        if self.master_dtype == "float64" and self.mixed_precision != "fp32":
+            raise UserError(f"master_dtype float64 needs mixed_precision fp32, got {self.mixed_precision}")
+        if self.eval_every and not self.eval_rows:
+            raise UserError(f"eval_every {self.eval_every} needs eval_rows, the number of rows held out")
+        if self.resume_changed and not self.resume:
+            raise UserError("resume_changed has no meaning without resume")
+        if self.resume and self.overwrite:
+            raise UserError("resume goes on with the run in output_dir, overwrite deletes it: set one of the two")
+
+
+@dataclass
+class EvalConfig:
+    """Keys of eval.py, in a YAML file (--config FILE) or as --key value."""
+
+    model: str = key(help="folder or Hub id of the model to score")
+    tasks: list[str] = key(help="tasks to score, each as NAME or NAME=FILE: gsm8k, gsm8k=path.jsonl")
+    output_dir: str = key(help="folder for completions and scores.json")
+    tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")
+    data_dir: str = key("", "folder with local copies of the benchmarks, DIR/gsm8k/test.jsonl; empty: the Hub")
+    limit: int = key(0, "score only the first N items of each task; 0: all")
+    batch_size: int = key(64, "prompts per generated batch; the unit of dealing to processes and of resuming")
+    dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "dtype of the weights; on a CPU use float32")
+    score_only: bool = key(False, "score the completions that are in output_dir again, without a model")
+    overwrite: bool = key(False, "delete results in output_dir that were made with other settings")
+
+    def __post_init__(self):
+        """Raise UserError where keys contradict each other or are out of range."""
+        if not self.tasks:
+            raise UserError("tasks is empty: name at least one, e.g. --tasks gsm8k")
+        for name, least in (("batch_size", 1), ("limit", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.score_only and self.overwrite:
+            raise UserError("score_only reads what is in output_dir, overwrite deletes it: set one of the two")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(cls: type, argv: list[str]) -> Any:
+    """An instance of the dataclass `cls` from command-line words, `--config FILE` read first.
+
+    Raises:
+        UserError: unknown key (the nearest known one is named), missing or wrong value.
+        SystemExit: --help was asked for (0).
+    """
+    if "-h" in argv or "--help" in argv:
+        print(f"{cls.__doc__}\n\n{reference(cls)}")
+        raise SystemExit(0)
+    pairs = list(_pairs(cls, argv))
+    files = [values for k, values, _ in pairs if k == "config"]
+    settings = []
+    for values in files:
+        if len(values) != 1:
+            raise UserError(f"--config takes one file, got {len(values)}")
+        settings += _read_yaml(values[0])
+    settings += [(k, values, f"--{k}") for k, values, _ in pairs if k != "config"]
+
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    result = {}
+    for name, values, where in settings:
+        if name not in fields:
+            raise UserError(f"{where}: unknown key {name!r}{nearest(name, fields)}")
+        result[name] = _convert(fields[name], values, where)
+    missing = [n for n, f in fields.items() if n not in result and not _has_default(f)]
+    if missing:
+        raise UserError(f"missing: {', '.join('--' + n for n in missing)} (or the same keys in the --config file)")
+    return cls(**result)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean X?' or, where nothing is near, the known words."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def reference(cls: type) -> str:
+    """The keys of a configuration as a Markdown table; the README holds this text."""
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for f in dataclasses.fields(cls):
+        default = _default(f) if _has_default(f) else "required"
+        default = "" if default in ("", None, []) else default
+        rows.append(f"| {f.name} | {_type_name(f.type)} | {default} | {f.metadata['help']} |")
+    return "\n".join(rows)
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+
+
+def _has_default(f: dataclasses.Field) -> bool:
+    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+
+
+def _pairs(cls: type, argv: list[str]):
+    """(key, values, where) of words like `--key value`, `--key=value`, `--flag`, `--list a b`."""
+    i = 0
+    while i < len(argv):
+        word = argv[i]
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: settings are written --key value")
+        name, equals, value = word[2:].partition("=")
+        values = [value] if equals else []
+        i += 1
+        while not equals and i < len(argv) and not argv[i].startswith("--"):
+            values.append(argv[i])
+            i += 1
+        yield name.replace("-", "_"), values, word
+
+
+def _read_yaml(path: str) -> list[tuple[str, list[str], str]]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {path}: cannot be read: {e}") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected lines of `key: value`, got {type(content).__name__}")
+    settings = []
+    for name, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(v, (dict, list)) for v in values):
+            raise UserError(f"{path}: {name}: expected one value or a flat list")
+        if value is not None:  # `key:` with nothing behind it keeps the default
+            settings.append((str(name), [str(v) for v in values], f"{path}"))
+    return settings
+
+
+def _convert(f: dataclasses.Field, values: list[str], where: str) -> Any:
+    kind = f.type
+    if typing.get_origin(kind) is types.UnionType:  # float | None
+        kind = typing.get_args(kind)[0]
+
+    def wrong(expected: str, got: Any) -> NoReturn:
+        raise UserError(f"{where}: {f.name} must be {expected}, got {got!r}")
+
+    if typing.get_origin(kind) is list:
+        return values
+    if kind is bool and not values:
+        return True
+    if len(values) != 1:
+        wrong("one value", " ".join(values))
+    (text,) = values
+    if typing.get_origin(kind) is Literal:
+        words = typing.get_args(kind)
+        return text if text in words else wrong(f"one of {', '.join(words)}", text)
+    if kind is bool:
+        known = {"true": True, "false": False}
+        return known[text.lower()] if text.lower() in known else wrong("true or false", text)
+    if kind is str:
+        return text
+    try:
+        number = kind(text)
+    except ValueError:
+        wrong("a whole number" if kind is int else "a number", text)
+    if not math.isfinite(number):
+        wrong("a finite number", text)
+    return number
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is types.UnionType:
+        return typing.get_args(kind)[0].__name__
+    return "list" if typing.get_origin(kind) is list else kind.__name__

@@ -1,0 +1,144 @@
+"""What a run leaves on disk besides checkpoints: who may write there, run.json, metrics.jsonl."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import UserError
+
+RUN, METRICS = "run.json", "metrics.jsonl"
+
+
+def check(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError where a new or resumed run may not use this folder. Reads only: every process gets one answer."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder}: is a file, expected a folder")
+    nearest_parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(nearest_parent, os.W_OK):
+        raise UserError(f"output_dir {folder}: {nearest_parent} is not writable")
+    has_run = (folder / RUN).exists()
+    if resume and not has_run:
+        raise UserError(f"resume: {folder} holds no run; leave out --resume to start one")
+    if has_run and not (resume or overwrite):
+        raise UserError(f"output_dir {folder} already holds a run: go on with it (--resume) or delete it (--overwrite)")
+    if not has_run and folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(f"output_dir {folder} is not empty and holds no run ({RUN}): choose another folder")
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process, so that two runs never write into it at once. Call it on the main process only.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise UserError(f"output_dir {folder} is in use by {f.read().strip() or 'another process'}") from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        yield
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run made in its folder.
+
+    Raises:
+        UserError: the folder holds no run, or is a link, a home, the root or the working folder.
+    """
+    if not (folder / RUN).exists():
+        return
+    if folder.is_symlink() or folder.resolve() in (Path("/"), Path.home().resolve(), Path.cwd().resolve()):
+        raise UserError(f"overwrite: {folder} is a link, a home, the root or the working folder: delete it by hand")
+    for name in ("checkpoints", "final"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (METRICS, RUN):  # the mark of a run goes last: a deletion that was cut can be repeated
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is either the old or the new one, whatever happens."""
+    aside = path.with_name(path.name + ".aside")
+    with open(aside, "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    aside.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Command, commit, package versions and hardware, without tokens and home paths."""
+    packages = ("torch", "accelerate", "transformers", "datasets", "tokenizers", "numpy")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": redact(" ".join(sys.argv)),
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+        "hardware": {"machine": platform.machine(), "cpu_count": os.cpu_count(), "gpu": gpu},
+    }
+
+
+def redact(text: str) -> str:
+    """Access tokens and the home folder taken out."""
+    return re.sub(r"\bhf_\w{8,}", "hf_***", text).replace(str(Path.home()), "~")
+
+
+def _git_commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        how = {"capture_output": True, "text": True, "timeout": 10, "check": False}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **how)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **how)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown: git is not there"
+    if commit.returncode:
+        return "none: not a git checkout"
+    return commit.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
+
+
+def differences(old: dict, new: dict, names: list[str]) -> list[str]:
+    """`name: old -> new` for the names whose values differ."""
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+
+
+class Metrics:
+    """metrics.jsonl: a line per logged step, on disk as soon as it is written."""
+
+    def __init__(self, folder: Path, start_step: int):
+        path = folder / METRICS
+        if path.exists():  # a resumed run: what comes after its checkpoint is done again
+            lines = [line for line in path.read_text().splitlines() if _step(line) is not None]
+            kept = [line + "\n" for line in lines if _step(line) <= start_step]
+            aside = path.with_name(METRICS + ".aside")
+            aside.write_text("".join(kept))
+            aside.replace(path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  as long as the run
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps(line) + "\n")
+
+
+def _step(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line cut by a crash
+        return None
