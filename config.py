@@ -144,9 +144,9 @@ class TrainConfig:
 class EvalConfig:
     """Keys of eval.py, in a YAML file (--config FILE) or as --key value."""
 
-    model: str = key(help="folder or Hub id of the model to score")
     tasks: list[str] = key(help="tasks to score, each as NAME or NAME=FILE: gsm8k, gsm8k=path.jsonl")
     output_dir: str = key(help="folder for completions and scores.json")
+    model: str = key("", "folder or Hub id of the model to score; needed unless score_only")
     tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")
     data_dir: str = key("", "folder with local copies of the benchmarks, DIR/gsm8k/test.jsonl; empty: the Hub")
     limit: int = key(0, "score only the first N items of each task; 0: all")

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from config import UserError, nearest
+from hub import is_local
 
 IGNORE = -100  # label of a token that is not trained
 
@@ -65,11 +65,6 @@ TEMPLATES = {"metamath": Template(("query", "response"), metamath)}
 # ---------------------------------------------------------------------------------------------------------------------
 
 _ROW_FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-
-
-def is_local(source: str) -> bool:
-    """Whether a dataset or model is meant as a path: it exists, or could not be the id of a Hub repository."""
-    return os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") != 1 or "\\" in source
 
 
 def data_files(source: str) -> list[Path] | None:
@@ -152,17 +147,20 @@ def read_columns(path: str | Path, columns: tuple[str, ...]) -> Iterator[dict[st
         yield {column: row[column] for column in columns}
 
 
-def load_rows(source: str, columns: tuple[str, ...], split: str = "train", max_rows: int = 0) -> Dataset:
+def load_rows(
+    source: str, columns: tuple[str, ...], split: str = "train", max_rows: int = 0, subset: str | None = None
+) -> Dataset:
     """The text columns of a dataset, on disk and memory-mapped.
 
     Args:
         source: a file, a folder of files (concatenated in the order of their names), or a Hub id.
+        split, subset: which part of a Hub dataset (the Hub calls subset a configuration).
         max_rows: the first N rows; 0: all.
     Raises:
         UserError: the data cannot be read or has not the columns; no rows.
     """
     files = data_files(source)
-    parts = [_from_hub(source, split)] if files is None else [_from_file(f, columns) for f in files]
+    parts = [_from_hub(source, split, subset)] if files is None else [_from_file(f, columns) for f in files]
     for part in parts:
         _check_columns(part, columns, source)
     rows = concatenate_datasets([part.select_columns(list(columns)) for part in parts])
@@ -193,9 +191,9 @@ def _from_file(path: Path, columns: tuple[str, ...]) -> Dataset:
         raise UserError(f"{path}: no rows ({_one_line(e)})") from None
 
 
-def _from_hub(source: str, split: str) -> Dataset:
+def _from_hub(source: str, split: str, subset: str | None) -> Dataset:
     try:
-        return load_dataset(source, split=split)
+        return load_dataset(source, subset, split=split)
     except Exception as e:  # whatever the network, the Hub or its cache raises
         raise UserError(
             f"dataset {source}, split {split}: no local path, and neither Hub nor cache gives it: {_one_line(e)}"

@@ -36,7 +36,6 @@ from data import (
     Examples,
     collate,
     data_files,
-    is_local,
     load_rows,
     micro_batches,
     permutation,
@@ -44,6 +43,7 @@ from data import (
     steps_per_epoch,
     tokenise,
 )
+from hub import from_pretrained, is_local
 from losses import sum_cross_entropy
 
 # Keys that may differ between a run and its resumption: they do not change what is computed.
@@ -275,7 +275,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     """(tokenizer, training examples, held-out examples)."""
-    tokenizer = loaded(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
+    tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     if config.template not in TEMPLATES:
         raise UserError(f"template: unknown word {config.template!r}{nearest(config.template, TEMPLATES)}")
     columns = TEMPLATES[config.template].columns
@@ -292,7 +292,7 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
 
 def load_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
     """The model with its weights in master_dtype, whatever dtype they are stored in."""
-    architecture = loaded(AutoConfig, config.model, "model").get_text_config()
+    architecture = from_pretrained(AutoConfig, config.model, "model").get_text_config()
     if getattr(architecture, "quantization_config", None):
         raise UserError(f"model {config.model} is quantised: its weights cannot be trained; use the unquantised model")
     if (largest := examples.max_token_id()) >= architecture.vocab_size:
@@ -303,15 +303,7 @@ def load_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
     context = getattr(architecture, "max_position_embeddings", math.inf)
     if (longest := int(examples.lengths.max())) > context:
         raise UserError(f"an example has {longest} tokens, the model's context is {context}: lower max_length")
-    return loaded(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.master_dtype))
-
-
-def loaded(auto_class: Any, source: str, what: str, **kwargs) -> Any:
-    """auto_class.from_pretrained(source), with its failures as UserError."""
-    try:
-        return auto_class.from_pretrained(source, **kwargs)
-    except Exception as e:  # transformers, the Hub, safetensors and the file system each raise their own
-        raise UserError(f"{what} {source} cannot be loaded: {' '.join(str(e).split())[:300]}") from e
+    return from_pretrained(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.master_dtype))
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
