@@ -14,21 +14,21 @@ from config import UserError
 COMPLETED, PROGRESS = "COMPLETED", "progress.json"
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, progress: dict[str, Any], keep: int) -> None:
-    """Save the state of all processes as folder/step_000123; keep the latest `keep` checkpoints.
+def save(accelerator: Accelerator, folder: Path, progress: dict[str, Any], keep: int) -> None:
+    """Save the state of all processes as folder/step_000123 (progress["step"]); keep the latest `keep` checkpoints.
 
     Raises:
         UserError: the save failed (no space, say). Earlier checkpoints are as they were.
     """
-    target = folder / f"step_{step:06d}"
+    target = folder / f"step_{progress['step']:06d}"
 
     def write(aside: Path) -> None:
         accelerator.save_state(str(aside))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (aside / PROGRESS).write_text(json.dumps({"step": step, **progress}))
+            (aside / PROGRESS).write_text(json.dumps(progress))
 
-    _put_in_place(accelerator, target, write, f"checkpoint {target}")
+    _put_in_place(accelerator, target, folder, write, f"checkpoint {target}")
     if accelerator.is_main_process:
         for old in complete(folder)[:-keep]:
             shutil.rmtree(old)
@@ -47,10 +47,12 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer) -> None
             accelerator.unwrap_model(model).save_pretrained(aside)
             tokenizer.save_pretrained(aside)
 
-    _put_in_place(accelerator, folder, write, f"model {folder}")
+    _put_in_place(accelerator, folder, folder.with_name("checkpoints"), write, f"model {folder}")
 
 
-def _put_in_place(accelerator: Accelerator, target: Path, write: Callable[[Path], None], what: str) -> None:
+def _put_in_place(
+    accelerator: Accelerator, target: Path, checkpoints: Path, write: Callable[[Path], None], what: str
+) -> None:
     aside = target.with_name(f".aside_{target.name}")
     try:
         if accelerator.is_main_process:
@@ -66,7 +68,7 @@ def _put_in_place(accelerator: Accelerator, target: Path, write: Callable[[Path]
         accelerator.wait_for_everyone()
     except Exception as e:  # torch, safetensors and the system each have their own word for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        earlier = complete(target.parent)
+        earlier = complete(checkpoints)
         free = shutil.disk_usage(target.parent if target.parent.exists() else "/").free / 2**30
         raise UserError(
             f"{what} could not be saved: {' '.join(str(e).split())[:200]} ({free:.2f} GiB free there). "

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -163,7 +163,9 @@ def load_rows(
     parts = [_from_hub(source, split, subset)] if files is None else [_from_file(f, columns) for f in files]
     for part in parts:
         _check_columns(part, columns, source)
-    rows = concatenate_datasets([part.select_columns(list(columns)) for part in parts])
+    parts = [part.select_columns(list(columns)) for part in parts]
+    text = Features({column: Value("string") for column in columns})  # Parquet files may say large_string
+    rows = concatenate_datasets([part if part.features == text else part.cast(text) for part in parts])
     if max_rows:
         rows = rows.select(range(min(max_rows, len(rows))))
     if len(rows) == 0:

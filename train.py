@@ -125,7 +125,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         # dropout is a function of (seed, step, process): there is no generator state to save or restore
         torch.manual_seed((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index)
         logged = (step + 1) % config.log_every == 0 or step + 1 == total_steps
-        timer = Timer(synchronize=logged)
+        timer = Timer(accelerator.device if logged else None)
 
         # 1. the step's examples, and this process's share of them
         ids = step_examples(len(examples), config.global_batch_size, config.seed, step)
@@ -168,6 +168,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         if finite or accelerator.scaler is not None:
             optimizer.step()
         optimizer.zero_grad()
+        progress["step"] = step + 1
         progress["skipped_steps"] += not finite
         progress["tokens"] += int(examples.lengths[ids].sum())
         timer.lap("optimizer")
@@ -192,7 +193,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
                 "trained_tokens": num_trained,
                 "skipped_steps": progress["skipped_steps"],
                 "tokens_per_second": examples.lengths[ids].sum() / timer.total(),
-                "peak_memory_gib": peak_memory_gib(),
+                "peak_memory_gib": peak_memory_gib(accelerator.device),
                 "seconds": timer.seconds,
             }
             if not finite:
@@ -200,7 +201,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             if metrics:
                 metrics.write(line)
         if config.save_every and (step + 1) % config.save_every == 0:
-            checkpoint.save(accelerator, folder / "checkpoints", step + 1, progress, config.keep_checkpoints)
+            checkpoint.save(accelerator, folder / "checkpoints", progress, config.keep_checkpoints)
     bar.close()
 
     # --- the final model ---------------------------------------------------------------------------------------------
@@ -378,15 +379,15 @@ def evaluation_loss(config: TrainConfig, model: torch.nn.Module, held_out: Examp
 
 
 class Timer:
-    """Seconds per phase of a step. A GPU runs behind Python: at logged steps each lap waits for it."""
+    """Seconds per phase of a step. A GPU runs behind Python: where `wait_for` is one, each lap waits for it."""
 
-    def __init__(self, synchronize: bool):
-        self.synchronize = synchronize and torch.cuda.is_available()
+    def __init__(self, wait_for: torch.device | None):
+        self.wait = wait_for is not None and wait_for.type == "cuda"
         self.seconds: dict[str, float] = {}
         self.start = self.last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        if self.synchronize:
+        if self.wait:
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[phase], self.last = now - self.last, now
@@ -395,9 +396,9 @@ class Timer:
         return self.last - self.start
 
 
-def peak_memory_gib() -> float:
-    """Peak memory of this process: on the GPU if there is one, else resident, in GiB."""
-    if torch.cuda.is_available():
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process, in GiB: on its GPU, or, without one, resident."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

@@ -1,0 +1,139 @@
+"""Fixtures: a tiny model with a byte-level tokenizer, small datasets, and processes under torchrun. All offline."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+ROOT = Path(__file__).parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may touch the network
+torch.set_num_threads(1)  # tiny tensors; and the same arithmetic in every test
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def dataset_cache(tmp_path_factory):
+    """The datasets' cache of this session alone."""
+    import datasets
+
+    cache = tmp_path_factory.mktemp("hf_cache")
+    os.environ["HF_DATASETS_CACHE"] = str(cache)  # for the processes that tests start
+    datasets.config.HF_DATASETS_CACHE = cache
+
+
+def make_model(folder: Path, seed: int = 0, **overrides) -> Path:
+    """A random Llama of about 35,000 parameters, and a tokenizer of the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(["<bos>", "<eos>", "<pad>", *alphabet])}
+    bytes_only = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    set_seed(seed)
+    config = {
+        "vocab_size": len(vocab),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**config, **overrides})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    """70 rows of unequal lengths in MetaMathQA's columns."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(70):
+        words = " ".join(rng.choice(["apples", "pears", "and", "a", "of"]) for _ in range(rng.randint(1, 12)))
+        rows.append({"query": f"{i} {words}?", "response": f" {words[: rng.randint(3, 60)]} The answer is: {i}"})
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def train_args(model_dir, rows_file):
+    """Words for train.main: a run of 2 epochs of 5 steps (the last one short), in under a second."""
+
+    def words(output_dir: Path, *more: str) -> list[str]:
+        return [
+            "--model", str(model_dir), "--dataset", str(rows_file), "--output_dir", str(output_dir),
+            "--rule", "none", "--epochs", "2", "--global_batch_size", "16", "--learning_rate", "1e-3",
+            "--mixed_precision", "fp32", "--micro_batch_tokens", "2048", *more,
+        ]  # fmt: skip
+
+    return words
+
+
+def torchrun(processes: int, program: str, *args: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a program of this repository on several CPU processes (gloo), with one thread each."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            program,
+            *args,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def python(*args: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    """Run `python ...` in the repository's root."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what a clock or the machine decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "peak_memory_gib")}
+        for line in lines
+    ]

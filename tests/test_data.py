@@ -1,0 +1,211 @@
+"""Rows, examples, a step's examples, micro-batches: pytest tests/test_data.py"""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, write_rows
+from transformers import AutoTokenizer
+
+import data
+from config import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir):
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+# --- templates, tokens and labels ------------------------------------------------------------------------------------
+
+
+def test_metamath_template_to_the_letter():
+    prompt, response = data.metamath({"query": "What is 1+1?", "response": "2"})
+    assert response == "2"
+    assert prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nWhat is 1+1?\n\n### Response:"
+    )
+    prompt, _ = data.metamath({"query": "Add these.\n1 {x}\n2", "response": "3"})
+    assert prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd these.\n\n### Input:\n1 {x}\n2\n\n### Response:"
+    )
+
+
+def test_response_and_eos_are_trained_and_nothing_else(tmp_path, tokenizer):
+    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "Hi é?", "response": " yes."}])), COLUMNS)
+    examples = data.tokenise(rows, tokenizer, "metamath", 512)
+    ids, labels = examples.rows[0]["input_ids"], examples.rows[0]["labels"]
+    prompt, _ = data.metamath({"query": "Hi é?", "response": " yes."})
+    assert tokenizer.decode(ids) == prompt + " yes.<eos>"
+    assert labels == [-100] * len(tokenizer(prompt)["input_ids"]) + [*tokenizer(" yes.")["input_ids"], 1]
+    assert (examples.lengths[0], examples.trained[0]) == (len(ids), 6)
+
+
+COLUMNS = ("query", "response")
+
+
+def test_overlong_examples_are_cut_or_dropped_and_counted(tmp_path, tokenizer):
+    prompt_length = len(tokenizer(data.metamath({"query": "q", "response": ""})[0])["input_ids"])
+    rows = [{"query": "q", "response": r} for r in ("ab", "abcdef")] + [{"query": "q" * 400, "response": "a"}]
+    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
+    cut = data.tokenise(rows, tokenizer, "metamath", prompt_length + 4)
+    assert (cut.lengths.tolist(), cut.truncated, cut.dropped) == ([prompt_length + 3, prompt_length + 4], 1, 1)
+    assert cut.rows[1]["labels"][-4:] == tokenizer("abcd")["input_ids"]  # without EOS: the text goes on
+    dropped = data.tokenise(rows, tokenizer, "metamath", prompt_length + 4, "drop")
+    assert (len(dropped), dropped.truncated, dropped.dropped) == (1, 0, 2)
+    with pytest.raises(UserError, match="none of the 3 examples has a token to train on within max_length 10"):
+        data.tokenise(rows, tokenizer, "metamath", 10)
+
+
+def test_one_bos_if_the_tokenizer_adds_one(tmp_path, model_dir):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
+    ids = data.tokenise(rows, tokenizer, "metamath", 512).rows[0]["input_ids"]
+    assert ids.count(0) == 1 and ids[0] == 0
+    assert data.tokenise(rows, tokenizer, "metamath", 512).rows[0]["labels"][-3:] == [-100, ids[-2], 1]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_kinds_of_files_give_the_same_rows(tmp_path):
+    rows = [{"query": f"q{i}", "response": "é 😀", "extra": [i]} for i in range(3)]
+    lines = "".join(json.dumps(r, ensure_ascii=i % 2 == 0) + "\n\n" for i, r in enumerate(rows))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.json").write_text(lines)
+    (tmp_path / "b.json").write_text("  " + json.dumps(rows, indent=1))
+    for name in ("a.jsonl", "b.json"):
+        with gzip.open(tmp_path / f"{name}.gz", "wt") as f:
+            f.write((tmp_path / name).read_text())
+    import pandas
+
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    expected = [{"query": r["query"], "response": r["response"]} for r in rows]
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 6
+    for path in files:
+        assert list(data.load_rows(str(path), COLUMNS)) == expected, path
+    (tmp_path / "folder").mkdir()
+    for path in files:
+        path.rename(tmp_path / "folder" / path.name)
+    assert list(data.load_rows(str(tmp_path / "folder"), COLUMNS)) == expected * 6
+    assert len(data.load_rows(str(tmp_path / "folder"), COLUMNS, max_rows=4)) == 4
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "old"}])
+    assert data.load_rows(str(path), COLUMNS)[0]["response"] == "old"
+    write_rows(path, [{"query": "q", "response": "new"}])
+    assert data.load_rows(str(path), COLUMNS)[0]["response"] == "new"
+
+
+def test_hub_datasets_are_asked_for_by_id_and_split(monkeypatch):
+    from datasets import Dataset
+
+    asked = []
+    monkeypatch.setattr(
+        data,
+        "load_dataset",
+        lambda *a, **k: asked.append((a, k)) or Dataset.from_list([{"query": "q", "response": "r"}]),
+    )
+    assert len(data.load_rows("owner/name", COLUMNS, "train_sft")) == 1
+    assert asked == [(("owner/name", None), {"split": "train_sft"})]
+
+
+# --- steps and micro-batches -----------------------------------------------------------------------------------------
+
+
+def test_every_epoch_visits_every_example_once_in_another_order():
+    n, size = 23, 5
+    assert data.steps_per_epoch(n, size) == 5
+    epochs = [np.concatenate([data.step_examples(n, size, 7, e * 5 + s) for s in range(5)]) for e in range(3)]
+    assert all(sorted(e.tolist()) == list(range(n)) for e in epochs)
+    assert len({tuple(e.tolist()) for e in epochs}) == 3
+    assert not np.array_equal(epochs[0], data.permutation(n, 8, 0))
+    # pinned: a change would break the resumption of runs
+    assert data.permutation(6, 0, 0).tolist() == [4, 1, 0, 2, 3, 5]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(("tokens", "examples"), [(64, 0), (200, 0), (10_000, 0), (10_000, 3), (10_000, 1), (5, 0)])
+def test_micro_batches_hold_each_example_once_within_the_budget(world, tokens, examples):
+    lengths = np.random.default_rng(0).integers(5, 60, size=100)
+    for ids in (np.arange(32), np.arange(10, 15), np.array([3])):
+        dealt = data.micro_batches(ids, lengths, world, tokens, examples)
+        assert len(dealt) == world and len({len(share) for share in dealt}) == 1
+        batches = [b for share in dealt for b in share]
+        assert sorted(i for b in batches for i in b) == sorted(ids.tolist())
+        for b in filter(None, batches):
+            assert len(b) == 1 or len(b) * lengths[b].max() <= tokens
+            assert not examples or len(b) <= examples
+        assert all(batches) or len(ids) < len(batches)  # nobody is idle unless there is too little work
+
+
+def test_collate_pads_on_the_right_and_an_empty_batch_trains_nothing(tmp_path, tokenizer):
+    rows = [{"query": "q", "response": "long answer"}, {"query": "q", "response": "no"}]
+    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
+    examples = data.tokenise(rows, tokenizer, "metamath", 512)
+    input_ids, labels = data.collate(examples, [0, 1])
+    assert input_ids.shape == labels.shape == (2, examples.lengths.max())
+    pad = examples.lengths[0] - examples.lengths[1]
+    assert (labels[1, -pad:] == -100).all() and labels[1, -pad - 1] == 1
+    input_ids, labels = data.collate(examples, [])
+    assert (labels == -100).all() and input_ids.shape == (1, 2)
+
+
+def test_padding_does_not_change_an_example(tmp_path, model_dir, tokenizer):
+    """There is no attention mask: right padding must not reach a real token."""
+    from transformers import AutoModelForCausalLM
+
+    from losses import sum_cross_entropy
+
+    rows = [{"query": "q", "response": r} for r in ("long answer " * 5, "no")]
+    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
+    examples = data.tokenise(rows, tokenizer, "metamath", 512)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    losses = []
+    for batch in ([0, 1], [0], [1]):
+        input_ids, labels = data.collate(examples, batch)
+        losses.append(sum_cross_entropy(model(input_ids=input_ids).logits, labels).item())
+    assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-12)
+
+
+def test_sum_cross_entropy_is_the_sum_over_shifted_trained_tokens():
+    from losses import sum_cross_entropy
+
+    logits = torch.randn(2, 5, 11, dtype=torch.float64)
+    labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 7, -100, 2, -100]])
+    slow = sum(
+        -logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] != -100
+    )
+    assert torch.allclose(sum_cross_entropy(logits, labels), slow, rtol=1e-12)
+    assert sum_cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
+    assert sum_cross_entropy(logits, torch.full_like(labels, -100)) == 0
+
+
+def test_fingerprint_sees_tokens_labels_and_order(tmp_path, tokenizer):
+    def fingerprint(rows, **kwargs):
+        rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
+        return data.tokenise(rows, tokenizer, "metamath", kwargs.get("max_length", 512)).fingerprint()
+
+    a, b = {"query": "a", "response": "b"}, {"query": "c", "response": "d"}
+    prints = [fingerprint(rows) for rows in ([a, b], [b, a], [a], [a, {**b, "query": "c "}])]
+    assert len(set(prints)) == 4 and fingerprint([a, b]) == prints[0]
+    # the same tokens, the label mask moved by one
+    moved = fingerprint([{"query": "x", "response": "b"}]), fingerprint([{"query": "x", "response": " b"}])
+    assert moved[0] != moved[1]
+
+
+def test_token_ids_are_checked_against_the_model(tmp_path):
+    small = make_model(tmp_path / "m")
+    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
+    examples = data.tokenise(rows, AutoTokenizer.from_pretrained(small), "metamath", 512)
+    assert examples.max_token_id() == max(max(r["input_ids"]) for r in examples.rows)

@@ -1,0 +1,293 @@
+"""Scores: extraction rules, generation, resumption: pytest tests/test_eval.py"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import config
+import eval as evaluation
+from config import UserError
+from tasks import TASKS
+from tasks.math import gsm8k_gold, metamath_number, metamath_prompt, score_gsm8k
+
+# --- MetaMath's rule -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "number"),
+    [
+        ("So 3+4=7. The answer is: 7", 7),
+        ("The answer is: 7.", 7),
+        ("The answer is: -12 apples", -12),
+        ("The answer is: +5", 5),
+        ("The answer is: $18", 18),
+        ("The answer is: 1,450", 1450),
+        ("The answer is: 1,450,000", 1450),  # one separator only
+        ("The answer is: 3,5", 35),
+        ("The answer is: 2.5", 2),  # Python rounds half to even
+        ("The answer is: 3.5", 4),
+        ("The answer is: .75", 1),
+        ("The answer is: 1/2", 0),
+        ("The answer is: 7/2", 4),
+        ("The answer is: -9/4", -2),
+        ("The answer is: 5/0", 5),  # the numerator
+        ("The answer is: 5/00", None),
+        ("The answer is: /5", None),  # matched as "/5", whose numerator is no number
+        ("The answer is: 4. The answer is: 6", 6),  # the last one
+        ("The answer is: 4 The answer is:6", 4),  # the space belongs to the phrase
+        ("The answer is 7", None),  # and so does the colon
+        ("the answer is: 7", None),
+        ("The answer is: seven", None),
+        ("The answer is: ", None),
+        ("", None),
+        ("7", None),
+        ("The answer is: " + "9" * 400, None),  # infinity
+        ("The answer is: ٣", 3),  # \d is any Unicode digit in the original, too
+    ],
+)
+def test_metamath_number(completion, number):
+    assert metamath_number(completion) == number
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [("x\n#### 18", 18), ("#### 1,450,000", 1450000), ("#### -3", -3), ("a 5", None), ("#### 1.5", None)],
+)
+def test_gsm8k_gold(answer, gold):
+    if gold is None:
+        with pytest.raises(ValueError, match="must end in '#### ' and a whole number"):
+            gsm8k_gold({"answer": answer})
+    else:
+        assert gsm8k_gold({"answer": answer}) == gold
+
+
+def test_prompt_to_the_letter():
+    assert metamath_prompt({"question": "How many\n{x}?"}) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nHow many\n{x}?\n\n### Response: Let's think step by step."
+    )
+
+
+def test_stop_strings_are_metamaths():
+    assert set(TASKS["gsm8k"].stop) == {
+        "Question:", "Question", "USER:", "USER", "ASSISTANT:", "ASSISTANT", "Instruction:", "Instruction",
+        "Response:", "Response",
+    }  # fmt: skip
+
+
+REAL = Path(os.environ.get("GMT_DATA_DIR", "/nonexistent")) / "gsm8k" / "test.jsonl"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="GMT_DATA_DIR names no folder with gsm8k/test.jsonl")
+def test_every_real_gold_scores_one():
+    """1,319 of 1,319 without commas; with commas 1,318: the rule takes one separator, and one gold has two."""
+    items = [json.loads(line) for line in REAL.read_text().splitlines()]
+    assert len(items) == 1319
+    plain = [score_gsm8k(i, f"Thus. The answer is: {gsm8k_gold(i)}")["correct"] for i in items]
+    commas = [score_gsm8k(i, f"Thus. The answer is: {i['answer'].split('#### ')[1]}")["correct"] for i in items]
+    wrong = [score_gsm8k(i, f"Thus. The answer is: {gsm8k_gold(i) + 1}")["correct"] for i in items]
+    assert (sum(plain), sum(commas), sum(wrong)) == (1319, 1318, 0)
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def items_file(folder, n=7):
+    rows = [{"question": f"What is {'9' * (i % 4)}{i}?", "answer": f"#### {i}"} for i in range(n)]
+    return write_rows(folder / "items.jsonl", rows)
+
+
+def args(tmp_path, model_dir, *more, out="eval"):
+    return [
+        "--model", str(model_dir), "--tasks", f"gsm8k={tmp_path / 'items.jsonl'}", "--dtype", "float32",
+        "--batch_size", "3", "--output_dir", str(tmp_path / out), *more,
+    ]  # fmt: skip
+
+
+def stored(folder):
+    return [json.loads(line) for line in (folder / "gsm8k.metamath.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    import dataclasses
+
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], max_new_tokens=24))
+
+
+def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_dir):
+    """Left padding, sorting and batching against one prompt at a time and one argmax at a time."""
+    items_file(tmp_path)
+    scores = evaluation.main(args(tmp_path, model_dir))
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    lines = stored(tmp_path / "eval")
+    assert [line["id"] for line in lines] == list(range(7))
+    for line in lines:
+        assert (
+            line["prompt"] == metamath_prompt(line["item"])
+            and line["prompt_ids"] == tokenizer(line["prompt"])["input_ids"]
+        )
+        ids = list(line["prompt_ids"])
+        while len(ids) < len(line["prompt_ids"]) + 24:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == 1:
+                break
+        new = ids[len(line["prompt_ids"]) :]
+        assert line["completion"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert line["finish"] == ("eos" if new[-1] == 1 else "length")
+    entry = scores["gsm8k.metamath"]
+    assert entry["n"] == 7 and entry["cut_at_length"] == sum(line["finish"] == "length" for line in lines)
+    assert json.loads((tmp_path / "eval" / "scores.json").read_text())["gsm8k.metamath"]["score"] == entry["score"]
+
+
+class Scripted:
+    """A tokenizer whose ids are characters, for `finish`."""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(i) for i in ids if i)
+
+
+@pytest.mark.parametrize(
+    ("new", "completion", "tokens", "why"),
+    [
+        ("abc\0\0\0", "abc", 3, "eos"),
+        ("abc", "abc", 3, "length"),
+        ("\0", "", 0, "eos"),
+        ("a Question: b", "a ", 13, "stop"),
+        ("a USERResponse\0", "a ", 14, "stop"),
+        (" lead", " lead", 5, "length"),
+    ],
+)
+def test_finish(new, completion, tokens, why):
+    got = evaluation.finish(Scripted(), [65, 66], [ord(c) for c in new], {0}, TASKS["gsm8k"].stop)
+    assert got == {"completion": completion, "tokens": tokens, "finish": why}
+
+
+def test_a_row_stops_soon_after_a_stop_string(tmp_path, model_dir):
+    """A model that says `Question` again and again is stopped, and its text is cut before the word."""
+    folder = make_model(tmp_path / "parrot")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    word = tokenizer(" xQuestion")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    calls = []
+
+    def forward(self=model, **kwargs):
+        logits = torch.full((1, 1, model.config.vocab_size), -10.0)
+        logits[0, 0, word[len(calls) % len(word)]] = 10.0
+        calls.append(1)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(logits=logits)
+
+    model.forward = forward
+    import dataclasses
+
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=[1], pad_token_id=2)
+    long = dataclasses.replace(TASKS["gsm8k"], max_new_tokens=300)
+    (got,) = evaluation.generate(model, tokenizer, [tokenizer("q")["input_ids"]], long)
+    assert got["completion"] == " x" and got["finish"] == "stop" and len(calls) <= 20
+
+
+def test_a_prompt_beyond_the_context_is_counted_and_wrong(tmp_path):
+    model = make_model(tmp_path / "m", max_position_embeddings=200)
+    rows = [{"question": "1?", "answer": "#### 1"}, {"question": "x" * 200, "answer": "#### 1"}]
+    write_rows(tmp_path / "items.jsonl", rows)
+    entry = evaluation.main(args(tmp_path, model))["gsm8k.metamath"]
+    assert entry["prompt_too_long"] == 1 and entry["n"] == 2
+    assert [line["finish"] == "too_long" for line in stored(tmp_path / "eval")] == [False, True]
+
+
+# --- scores, resumption ----------------------------------------------------------------------------------------------
+
+
+def test_score_and_standard_error(tmp_path, model_dir):
+    items_file(tmp_path, 5)
+    evaluation.main(args(tmp_path, model_dir))
+    lines = stored(tmp_path / "eval")
+    for line in lines[:2]:
+        line["completion"] = f"The answer is: {line['id']}"
+    (tmp_path / "eval" / "gsm8k.metamath.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--tasks", "gsm8k", "--score_only", "--output_dir", str(tmp_path / "eval")]
+    entry = evaluation.main(words)["gsm8k.metamath"]  # without model and data
+    assert (entry["score"], entry["correct"], entry["n"]) == (0.4, 2, 5)
+    assert entry["standard_error"] == pytest.approx((0.4 * 0.6 / 4) ** 0.5)
+    assert [line["correct"] for line in stored(tmp_path / "eval")] == [True, True, False, False, False]
+
+
+def test_limit_takes_the_first_items(tmp_path, model_dir):
+    items_file(tmp_path)
+    assert evaluation.main(args(tmp_path, model_dir, "--limit", "2"))["gsm8k.metamath"]["n"] == 2
+    assert [line["item"]["answer"] for line in stored(tmp_path / "eval")] == ["#### 0", "#### 1"]
+
+
+def test_a_cut_run_goes_on_and_a_finished_one_is_reused(tmp_path, model_dir, monkeypatch):
+    items_file(tmp_path)
+    evaluation.main(args(tmp_path, model_dir, out="whole"))
+    generate, calls = evaluation.generate, []
+
+    def cut(*a):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*a)
+
+    monkeypatch.setattr(evaluation, "generate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(args(tmp_path, model_dir))
+    evaluation.main(args(tmp_path, model_dir))
+    assert len(calls) == 4  # two before the cut, the cut one, and only the last batch again
+    assert stored(tmp_path / "eval") == stored(tmp_path / "whole")
+    evaluation.main(args(tmp_path, model_dir))
+    assert len(calls) == 4
+
+
+def test_other_settings_over_old_results_are_refused(tmp_path, model_dir):
+    items_file(tmp_path)
+    evaluation.main(args(tmp_path, model_dir))
+    with pytest.raises(
+        UserError, match=r"results of other settings: .*batch_size: 3 -> 4 \(--overwrite deletes them\)"
+    ):
+        evaluation.main(args(tmp_path, model_dir, "--batch_size", "4"))
+    evaluation.main(args(tmp_path, model_dir, "--batch_size", "4", "--overwrite"))
+    other = make_model(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="model:"):
+        evaluation.main(args(tmp_path, other, "--batch_size", "4"))
+    # the same folder with new weights, as after a second training
+    again = make_model(tmp_path / "again", seed=2)
+    evaluation.main(args(tmp_path, again, out="e2"))
+    make_model(tmp_path / "again", seed=3)
+    with pytest.raises(UserError, match="weights:"):
+        evaluation.main(args(tmp_path, again, out="e2"))
+
+
+def test_data_dir_holds_a_copy_of_each_benchmark(tmp_path, model_dir):
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    items_file(tmp_path / "data" / "gsm8k", 2).rename(tmp_path / "data" / "gsm8k" / "test.jsonl")
+    words = ["--model", str(model_dir), "--tasks", "gsm8k", "--data_dir", str(tmp_path / "data"), "--dtype", "float32"]
+    assert evaluation.main([*words, "--output_dir", str(tmp_path / "e")])["gsm8k.metamath"]["n"] == 2
+
+
+def test_the_hub_is_asked_for_the_right_split(monkeypatch):
+    import data
+
+    asked = []
+    monkeypatch.setattr(data, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
+    with pytest.raises(UserError, match=r"dataset openai/gsm8k, split test: no local path, and neither Hub nor cache"):
+        evaluation.load_items(TASKS["gsm8k"], "", 0)
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+
+
+def test_every_key_of_eval_is_used():
+    import dataclasses
+
+    source = Path(evaluation.__file__).read_text()
+    for field in dataclasses.fields(config.EvalConfig):
+        assert f"config.{field.name}" in source, field.name

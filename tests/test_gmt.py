@@ -1,0 +1,342 @@
+"""The method: pytest tests/test_gmt.py"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gmt
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def slow_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """DESIGN in one line: M = |G| >= (k-th largest |G|) and G != 0, by a full sort."""
+    return (scores.abs() >= scores.abs().flatten().sort(descending=True).values[k - 1]) & (scores != 0)
+
+
+def tensors(dtype):
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(300, 400, generator=g, dtype=torch.float64)
+    yield "random", normal.to(dtype)
+    yield "heavy-tailed", (normal / torch.rand(300, 400, generator=g, dtype=torch.float64)).to(dtype)
+    yield "constant", torch.full((40, 30), -0.5, dtype=dtype)
+    yield "zero", torch.zeros(30, 20, dtype=dtype)
+    yield "minus zero", -torch.zeros(30, 20, dtype=dtype)
+    yield "denormal", torch.randint(-9, 10, (50, 40), generator=g).to(dtype) * torch.finfo(dtype).smallest_normal / 16
+    yield "tied", torch.randint(-3, 4, (200, 500), generator=g).to(dtype)
+    yield "mostly zero", (normal * (torch.rand(300, 400, generator=g) < 0.05)).to(dtype)
+    yield "one entry", torch.tensor([[-2.5]], dtype=dtype)
+    yield "vector", normal[0].to(dtype)
+    yield "scalar", torch.tensor(3.0, dtype=dtype)
+    yield "transposed", normal.to(dtype).t()
+    yield "strided", normal.to(dtype)[::3, 1::7]
+    yield "stack", normal.to(dtype).view(3, 100, 400)
+    yield "extremes", torch.tensor([[torch.finfo(dtype).max, -torch.finfo(dtype).tiny, 1, -0.0]], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["kthvalue", "bincount", "histc"])
+def test_mask_is_that_of_a_full_sort(dtype, path, monkeypatch):
+    """Each of the three ways to the threshold, on every kind of tensor, with chunks smaller than the tensor."""
+    monkeypatch.setitem(gmt._CHUNK, "cpu", 1000)
+    monkeypatch.setattr(gmt, "_SORT_BELOW", 10**9 if path == "kthvalue" else 0)
+    if path == "histc":  # the GPU's way, on the CPU
+        monkeypatch.setattr(torch, "bincount", histc_instead_of_bincount)
+    for name, t in tensors(dtype):
+        for ratio in (1e-9, 0.05, 0.2, 0.5, 0.999, 1.0):
+            k = gmt.keep_count(t.numel(), ratio)
+            assert torch.equal(gmt.topk_mask(t, k), slow_mask(t, k)), (name, ratio)
+
+
+def histc_instead_of_bincount(keys, minlength):
+    return torch.histc(keys.float(), bins=minlength, min=0, max=minlength).long()
+
+
+def test_gpu_histogram_counts_as_the_cpu_one():
+    """The branch for GPUs, called with a tensor that says it is on one."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    keys = torch.randint(0, 2**31 - 1, (5000,), dtype=torch.int32)
+    keys[:700] = keys[0]
+    for shift, prefix in ((16, None), (0, keys[0] >> 16)):
+        here, there = (gmt._histogram(k, shift, prefix) for k in (keys, keys.as_subclass(Elsewhere)))
+        assert torch.equal(here, there.as_subclass(torch.Tensor)) and int(here.sum()) in (5000, *range(700, 710))
+
+
+def test_empty_and_wrong_k():
+    assert gmt.topk_mask(torch.zeros(0, 5), 1).shape == (0, 5)
+    for k in (0, 7):
+        with pytest.raises(ValueError, match="between 1 and the 6 entries"):
+            gmt.topk_mask(torch.ones(2, 3), k)
+
+
+def test_keep_count():
+    assert [gmt.keep_count(n, r) for n, r in ((10, 0.26), (1, 0.01), (7, 1.0), (1000, 0.2))] == [3, 1, 7, 200]
+
+
+def test_ties_are_all_kept():
+    assert gmt.topk_mask(torch.tensor([3.0, -2, 2, 1]), 2).tolist() == [True, True, True, False]
+
+
+def test_magnitude_keys_order():
+    values = torch.tensor([0.0, -0.0, 1e-45, -1e-38, 0.5, -0.6, 3e38, float("-inf"), float("nan")])
+    keys = gmt.magnitude_keys(values).tolist()
+    assert keys == sorted(keys) and keys[0] == keys[1] == 0
+
+
+def test_temporary_memory_does_not_grow_with_the_tensor(monkeypatch):
+    """The largest integer tensor that a selection makes is a chunk or a histogram."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else [out]:
+                if isinstance(t, torch.Tensor) and t._base is None:
+                    self.entries = max(self.entries, t.numel())
+            return out
+
+    p = nn.Parameter(torch.zeros(3000, 1000))
+    p.grad = torch.randn_like(p)
+    for rule in ("gmt", "rmt"):
+        with Largest() as largest, torch.no_grad():
+            gmt.Masker([("w", p)], rule, 0.2).mask_gradients(0, check_finite=False)
+        # mul_ returns a chunk of the gradient itself, a view
+        assert largest.entries <= max(gmt._CHUNK["cpu"], 2**16), rule
+
+
+# --- Masker ----------------------------------------------------------------------------------------------------------
+
+
+def model_with_grads(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(50, 8), "up": nn.Linear(8, 24), "norm": nn.LayerNorm(24), "down": nn.Linear(24, 8)}
+    ).to(dtype)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    model["embed"].weight.grad[3:] = 0  # unseen words
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gmt_keeps_the_largest_of_each_matrix_and_leaves_vectors(dtype):
+    model = model_with_grads(dtype)
+    before = {n: p.grad.clone() for n, p in model.named_parameters()}
+    gmt.Masker(model.named_parameters(), "gmt", 0.2).mask_gradients(0)
+    for n, p in model.named_parameters():
+        g = before[n]
+        expected = g * slow_mask(g, gmt.keep_count(g.numel(), 0.2)) if g.dim() == 2 else g
+        assert torch.equal(p.grad, expected), n
+    assert (model["embed"].weight.grad != 0).sum() == 24  # 20 % are 80, but only 3 rows have a gradient
+
+
+def test_scope_model_has_one_threshold():
+    model = model_with_grads()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.dim() == 2}
+    everything = torch.cat([g.flatten() for g in grads.values()])
+    mask = slow_mask(everything, gmt.keep_count(everything.numel(), 0.3))
+    gmt.Masker(model.named_parameters(), "gmt", 0.3, scope="model").mask_gradients(0)
+    after = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if n in grads])
+    assert torch.equal(after, everything * mask)
+
+
+def test_exclude_and_mask_vectors():
+    model = model_with_grads()
+    before = {n: p.grad.clone() for n, p in model.named_parameters()}
+    masker = gmt.Masker(model.named_parameters(), "gmt", 0.5, exclude=["embed*"], mask_vectors=True)
+    masker.mask_gradients(0)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p.grad, before[n])}
+    assert changed == {n for n in before if not n.startswith("embed")}
+    assert "up.weight" in masker.summary() and "embed" not in masker.summary()
+    with pytest.raises(ValueError, match="'emb' matches none"):
+        gmt.Masker(model.named_parameters(), "gmt", 0.5, exclude=["emb"])
+
+
+def test_stack_of_matrices_has_a_threshold_each():
+    p = nn.Parameter(torch.zeros(4, 10, 20))
+    p.grad = torch.randn(4, 10, 20) * torch.tensor([1.0, 10, 100, 1000]).view(4, 1, 1)
+    expected = torch.stack([g * slow_mask(g, 40) for g in p.grad])
+    gmt.Masker([("experts", p)], "gmt", 0.2).mask_gradients(0)
+    assert torch.equal(p.grad, expected)
+
+
+def test_rmt_keeps_exactly_k_at_random(monkeypatch):
+    p = nn.Parameter(torch.zeros(200, 300))
+    masks = {}
+    for name, seed, step in itertools.product("ab", (0, 1), (0, 1)):
+        p.grad = torch.ones_like(p)
+        gmt.Masker([(name, p)], "rmt", 0.2, seed=seed).mask_gradients(step)
+        masks[name, seed, step] = p.grad != 0
+        assert int(masks[name, seed, step].sum()) == 12000
+    for (k1, m1), (k2, m2) in itertools.combinations(masks.items(), 2):
+        overlap = int((m1 & m2).sum())  # independent masks share 0.2 * 12000 entries, with sd about 39
+        assert abs(overlap - 2400) < 5 * 39, (k1, k2)
+    # every row and column has its share: chi-squared of row counts against 60 each, 199 degrees of freedom
+    for counts, n in ((masks["a", 0, 0].sum(1), 300), (masks["a", 0, 0].sum(0), 200)):
+        chi2 = float(((counts - 0.2 * n) ** 2 / (0.2 * 0.8 * n)).sum())
+        assert abs(chi2 - len(counts)) < 5 * math.sqrt(2 * len(counts))
+    # the same with other chunks: the number of an entry depends on its place alone
+    monkeypatch.setitem(gmt._CHUNK, "cpu", 1000)
+    p.grad = torch.ones_like(p)
+    gmt.Masker([("a", p)], "rmt", 0.2, seed=0).mask_gradients(0)
+    assert torch.equal(p.grad != 0, masks["a", 0, 0])
+
+
+def test_random_scores_are_pinned():
+    """A change of the hash would break the resumption of RMT runs."""
+    scores = gmt.score_rmt(gmt.Entries(torch.zeros(4), torch.zeros(4), 10, 7)).tolist()
+    assert scores == gmt.score_rmt(gmt.Entries(torch.zeros(8), torch.zeros(8), 6, 7))[4:].tolist()
+    assert scores == [1915592351, 237355098, 615727587, 64217843]
+
+
+def test_wrapped_names_give_the_same_masks():
+    masks = []
+    for name in ("w", "module.w", "module._orig_mod.w"):
+        p = nn.Parameter(torch.zeros(50, 50))
+        p.grad = torch.ones_like(p)
+        gmt.Masker([(name, p)], "rmt", 0.3).mask_gradients(5)
+        masks.append(p.grad)
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+
+
+def test_keep_ratio_one_is_plain_adamw_bit_for_bit():
+    weights = []
+    for rule, ratio in (("none", None), ("gmt", 1.0), ("rmt", 1.0)):
+        model = model_with_grads()
+        masker = gmt.Masker(model.named_parameters(), rule, ratio)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for step in range(5):
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            masker.mask_gradients(step)
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_statistics():
+    p, q = nn.Parameter(torch.zeros(1, 4)), nn.Parameter(torch.zeros(2, 2))
+    p.grad, q.grad = torch.tensor([[3.0, 4, 0, 0]]), torch.tensor([[1.0, 1], [1, 1]])
+    stats = gmt.Masker([("p", p), ("q", q)], "gmt", 0.25).mask_gradients(0, stats=True)
+    assert stats == {"kept_fraction": 5 / 8, "kept_nonzero_fraction": 5 / 6, "energy_kept": pytest.approx(20 / 29)}
+    assert gmt.Masker([("p", p)], "none").mask_gradients(0, stats=True)["kept_fraction"] == 1
+    p.grad = None
+    assert gmt.Masker([("p", p), ("q", q)], "gmt", 0.25).mask_gradients(0, stats=True)["kept_fraction"] == 0.5
+    assert gmt.Masker([("p", p)], "gmt", 0.25).mask_gradients(0) is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_gradient_is_named(bad):
+    model = model_with_grads()
+    model["down"].weight.grad[2, 3] = bad
+    before = model["up"].weight.grad.clone()
+    with pytest.raises(ValueError, match=r"non-finite gradient in down\.weight \(1 of 3 tensors\)"):
+        gmt.Masker(model.named_parameters(), "gmt", 0.2).mask_gradients(0)
+    assert torch.equal(model["up"].weight.grad, before)  # nothing is masked by halves
+
+
+def test_largest_finite_gradients_are_not_called_infinite():
+    p = nn.Parameter(torch.zeros(2, 2))
+    p.grad = torch.full((2, 2), torch.finfo(torch.float32).max)
+    gmt.Masker([("p", p)], "gmt", 0.5).mask_gradients(0)
+
+
+def test_refusals():
+    p = nn.Parameter(torch.zeros(2, 2))
+    for kwargs, message in (
+        ({"rule": "gtm", "keep_ratio": 0.2}, "rule must be one of none, hft, gmt, rmt"),
+        ({"keep_ratio": None}, "needs a keep_ratio"),
+        ({"keep_ratio": 0.0}, r"in \(0, 1\]"),
+        ({"keep_ratio": 1.1}, r"in \(0, 1\]"),
+        ({"keep_ratio": float("nan")}, r"in \(0, 1\]"),
+        ({"rule": "none", "keep_ratio": 0.2}, "no meaning for rule none"),
+        ({"keep_ratio": 0.2, "scope": "layer"}, "scope must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gmt.Masker([("p", p)], **kwargs)
+    e = nn.Embedding(5, 3, sparse=True)
+    e(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="gradient of weight is sparse"):
+        gmt.Masker(e.named_parameters(), "gmt", 0.5).mask_gradients(0)
+
+
+def test_tied_weights_are_counted_once():
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "head": nn.Linear(4, 10, bias=False)})
+    model["head"].weight = model["embed"].weight
+    assert len(gmt.Masker(model.named_parameters(), "gmt", 0.5).eligible) == 1
+
+
+# --- HFT -------------------------------------------------------------------------------------------------------------
+
+
+def llama(layers=4, **kwargs):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    config = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = {**config, "num_hidden_layers": layers, "num_key_value_heads": 2}
+    if kwargs.pop("qwen", False):
+        return Qwen2ForCausalLM(Qwen2Config(**config))
+    return LlamaForCausalLM(LlamaConfig(**config))
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_hft_freezes_by_category(layers):
+    model = llama(layers)
+    frozen = gmt.freeze_half(model, seed=0)
+    assert frozen == [n for n, p in model.named_parameters() if not p.requires_grad]
+    ffn_frozen = []
+    for i in range(layers):
+        mine = [n for n in frozen if f"layers.{i}." in n]
+        assert sum("self_attn" in n for n in mine) == 2
+        assert sum("layernorm" in n for n in mine) == 1
+        ffn_frozen.append(sum("mlp" in n for n in mine))
+    assert sorted(ffn_frozen) == [1] * ((layers + 1) // 2) + [2] * (layers // 2)
+    assert not any("embed" in n or "lm_head" in n or "model.norm" in n for n in frozen)
+
+
+def test_hft_draws_anew_for_each_seed_and_stage():
+    draws = [gmt.freeze_half(llama(), seed, stage) for seed, stage in ((0, "sft"), (0, "sft"), (1, "sft"), (0, "dpo"))]
+    assert draws[0] == draws[1] and len({tuple(d) for d in draws}) == 3
+
+
+def test_hft_biases_go_with_their_matrix_and_fused_weights_are_refused():
+    frozen = gmt.freeze_half(llama(2, qwen=True), seed=0)
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        for i in (0, 1):
+            name = f"model.layers.{i}.self_attn.{projection}"
+            assert (f"{name}.weight" in frozen) == (f"{name}.bias" in frozen)
+    fused = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"attn": nn.Linear(4, 12), "mlp": nn.Linear(4, 4)})])})
+    with pytest.raises(ValueError, match=r"4 attention and 3 feed-forward matrices per layer; h\.0 has"):
+        gmt.freeze_half(fused, seed=0)
+    with pytest.raises(ValueError, match="no decoder layers"):
+        gmt.freeze_half(nn.Linear(3, 3), seed=0)
+
+
+def test_frozen_weights_count_as_not_kept():
+    model = llama(2)
+    gmt.freeze_half(model, seed=0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    stats = gmt.Masker(model.named_parameters(), "hft").mask_gradients(0, stats=True)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    trained = sum(p.numel() for p in matrices if p.requires_grad)
+    assert stats["kept_fraction"] == trained / sum(p.numel() for p in matrices) and stats["energy_kept"] is None
+
+
+def test_gmt_imports_torch_alone():
+    import ast
+    import sys
+    from pathlib import Path
+
+    tree = ast.parse(Path(gmt.__file__).read_text())
+    modules = {n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)}
+    modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names) == {"torch"}

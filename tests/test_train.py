@@ -1,0 +1,437 @@
+"""The loop, on one process: pytest tests/test_train.py"""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_model, read_metrics, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, get_scheduler
+
+import checkpoint
+import data
+import gmt
+import run_folder
+import train
+from config import TrainConfig, UserError
+
+RULES = {
+    "none": ["--rule", "none"],
+    "gmt": ["--rule", "gmt", "--keep_ratio", "0.3"],
+    "rmt": ["--rule", "rmt", "--keep_ratio", "0.3"],
+    "hft": ["--rule", "hft"],
+}
+
+
+def weights(folder):
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- what a run is ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_readme_says(tmp_path, train_args):
+    line = train.main(train_args(tmp_path / "run", *RULES["gmt"], "--eval_rows", "6", "--save_every", "2"))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"]["keep_ratio"] == 0.3 and run["data"]["examples"] == 64
+    assert set(run) >= {"config", "data", "command", "git_commit", "versions", "hardware", "processes"}
+    metrics = read_metrics(tmp_path / "run")
+    assert [m["step"] for m in metrics] == list(range(1, 9))
+    assert metrics[-1]["epoch"] == 2 and math.isfinite(metrics[-1]["eval_loss"]) and metrics[-2]["eval_loss"] is None
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.2  # it learns
+    assert all(0.2 < m["kept_fraction"] < 0.301 and 0.9 < m["energy_kept"] < 1 for m in metrics)  # unseen bytes: 0
+    assert all(0 < m["grad_norm_kept"] < m["grad_norm"] for m in metrics)
+    assert set(line["seconds"]) == {"data", "forward_backward", "mask", "optimizer"}
+    assert [p.name for p in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["step_000006", "step_000008"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert model.dtype == torch.float32 and model.num_parameters() > 30_000
+
+
+def test_first_step_is_masked_adamw_on_the_token_mean_loss(tmp_path, train_args, model_dir, rows_file):
+    """One step of the loop against a slow one: one example at a time, sort, textbook AdamW."""
+    args = train_args(tmp_path / "run", *RULES["gmt"], "--max_steps", "1", "--master_dtype", "float64")
+    args += ["--weight_decay", "0.1", "--max_grad_norm", "0.5"]
+    line = train.main(args)
+
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    rows = data.load_rows(str(rows_file), ("query", "response"))
+    examples = data.tokenise(rows, AutoTokenizer.from_pretrained(model_dir), "metamath", 512)
+    total, count = 0.0, 0
+    for i in data.step_examples(70, 16, 0, 0).tolist():
+        ids = torch.tensor([examples.rows[i]["input_ids"]])
+        log_p = model(ids).logits[0].log_softmax(-1)
+        for t, label in enumerate(examples.rows[i]["labels"]):
+            if label != -100:
+                total, count = total - log_p[t - 1, label], count + 1
+    (total / count).backward()
+    assert line["loss"] == pytest.approx((total / count).item(), rel=1e-9)
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-9)
+    trained = weights(tmp_path / "run")
+    for name, p in model.named_parameters():
+        g = p.grad * (0.5 / norm)
+        if p.dim() == 2:
+            g = g * (g.abs() >= g.abs().flatten().sort(descending=True).values[round(0.3 * g.numel()) - 1])
+        m, v = 0.1 * g / (1 - 0.9), 0.001 * g.square() / (1 - 0.999)
+        decay = 1e-3 * 0.1 if p.dim() == 2 else 0
+        expected = p * (1 - decay) - 1e-3 * m / (v.sqrt() + 1e-8)
+        assert torch.allclose(trained[name], expected.detach(), rtol=0, atol=1e-8), name
+
+
+@pytest.mark.parametrize("rule", ["gmt", "rmt"])
+def test_keep_ratio_one_is_sft_bit_for_bit(tmp_path, train_args, rule):
+    train.main(train_args(tmp_path / "none"))
+    train.main(train_args(tmp_path / rule, "--rule", rule, "--keep_ratio", "1.0"))
+    assert same(weights(tmp_path / "none"), weights(tmp_path / rule))
+
+
+def test_hft_leaves_frozen_weights_alone(tmp_path, train_args, model_dir):
+    train.main(train_args(tmp_path / "run", *RULES["hft"]))
+    before, after = load_file(model_dir / "model.safetensors"), weights(tmp_path / "run")
+    frozen = gmt.freeze_half(AutoModelForCausalLM.from_pretrained(model_dir), 0, "sft")
+    assert {n for n in before if torch.equal(before[n], after[n])} == set(frozen)
+
+
+# --- splits of a step ------------------------------------------------------------------------------------------------
+
+SPLITS = {
+    "32x1": ["--per_device_batch_size", "1"],
+    "8x4": ["--per_device_batch_size", "4"],
+    "1x32": ["--micro_batch_tokens", "100000"],
+    "by tokens": ["--micro_batch_tokens", "700"],
+}
+
+
+def test_gradients_of_any_split_agree_in_fp32(tmp_path, train_args, monkeypatch):
+    seen = {}
+    mask_gradients = gmt.Masker.mask_gradients
+
+    def keep(self, step, **kwargs):
+        seen[split] = torch.cat([p.grad.flatten() for p in self.eligible.values()])
+        return mask_gradients(self, step, **kwargs)
+
+    monkeypatch.setattr(gmt.Masker, "mask_gradients", keep)
+    shapes = []
+    collate = train.collate
+    monkeypatch.setattr(train, "collate", lambda *a: shapes.append(len(a[1])) or collate(*a))
+    for split, words in SPLITS.items():
+        shapes.clear()
+        more = ["--global_batch_size", "32", "--max_steps", "1", "--max_length", "512", *words]
+        train.main(train_args(tmp_path / split.replace(" ", "_"), *more))
+        expected = {"32x1": [1] * 32, "8x4": [4] * 8, "1x32": [32]}
+        assert split not in expected or shapes == expected[split]
+    scale = seen["32x1"].norm()
+    for split, grads in seen.items():
+        assert (grads - seen["32x1"]).norm() / scale < 1e-6, split
+
+
+@pytest.mark.parametrize("rule", ["none", "gmt"])
+def test_whole_runs_of_any_split_agree_in_fp64(tmp_path, train_args, rule):
+    runs = []
+    for i, words in enumerate(SPLITS.values()):
+        more = ["--global_batch_size", "32", "--master_dtype", "float64", *RULES[rule], *words]
+        train.main(train_args(tmp_path / str(i), *more))
+        runs.append(weights(tmp_path / str(i)))
+    for run in runs[1:]:
+        assert max((run[n] - runs[0][n]).abs().max() for n in run) < 1e-9
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    pass
+
+
+def crash_after(monkeypatch, step):
+    write = run_folder.Metrics.write
+
+    def write_and_crash(self, line):
+        write(self, line)
+        if line["step"] == step:
+            raise Crash
+
+    monkeypatch.setattr(run_folder.Metrics, "write", write_and_crash)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_resume_is_bitwise(tmp_path, train_args, rule, monkeypatch):
+    """Cut in the middle of the second epoch, between two checkpoints; the same losses, masks and weights come out."""
+    words = [*RULES[rule], "--save_every", "2", "--eval_rows", "5", "--warmup_ratio", "0.2", "--max_train_rows", "69"]
+    train.main(train_args(tmp_path / "whole", *words))
+    with monkeypatch.context() as m, pytest.raises(Crash):
+        crash_after(m, 7)
+        train.main(train_args(tmp_path / "cut", *words))
+    assert [line["step"] for line in read_metrics(tmp_path / "cut")] == list(range(1, 8))
+    train.main(train_args(tmp_path / "cut", *words, "--resume"))
+    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    run = json.loads((tmp_path / "cut" / "run.json").read_text())
+    assert [r["step"] for r in run["resumed"]] == [6]
+
+
+def test_resume_with_dropout_is_bitwise(tmp_path, train_args, monkeypatch):
+    model = str(make_model(tmp_path / "model", attention_dropout=0.3))
+    words = ["--model", model, "--save_every", "3"]
+    train.main(train_args(tmp_path / "whole", *words))
+    train.main(train_args(tmp_path / "other_seed", *words, "--seed", "1"))
+    with monkeypatch.context() as m, pytest.raises(Crash):
+        crash_after(m, 5)
+        train.main(train_args(tmp_path / "cut", *words))
+    torch.rand(100)
+    train.main(train_args(tmp_path / "cut", *words, "--resume"))
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "other_seed"))
+
+
+def test_resume_refuses_another_run_and_lists_the_differences(tmp_path, train_args, rows_file):
+    train.main(train_args(tmp_path / "run", "--save_every", "3"))
+    for p in (tmp_path / "run" / "final").iterdir():
+        p.unlink()
+    with pytest.raises(UserError, match=r"learning_rate: 0.001 -> 0.01; seed: 0 -> 3 "):
+        train.main(train_args(tmp_path / "run", "--resume", "--learning_rate", "1e-2", "--seed", "3"))
+    other = write_rows(tmp_path / "rows.jsonl", [{"query": "q", "response": "r"}] * 70)
+    other_args = [str(other) if a == str(rows_file) else a for a in train_args(tmp_path / "run", "--resume")]
+    with pytest.raises(UserError, match=r"dataset: .*fingerprint: '\w+' -> '\w+'"):
+        train.main(other_args)
+    train.main([*other_args, "--resume_changed"])
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_resume_of_a_finished_run_does_nothing(tmp_path, train_args):
+    train.main(train_args(tmp_path / "run", "--save_every", "3"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert train.main(train_args(tmp_path / "run", "--save_every", "3", "--resume")) == {}
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, train_args, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(Crash):
+        crash_after(m, 9)
+        train.main(train_args(tmp_path / "run", "--save_every", "2"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = checkpoints / "step_000008" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert checkpoint.latest(checkpoints).name == "step_000006"
+    (checkpoints / "step_000006" / "COMPLETED").unlink()
+    with pytest.raises(UserError, match=r"no complete checkpoint .*\(incomplete: step_00000., step_00000.\)"):
+        train.main(train_args(tmp_path / "run", "--save_every", "2", "--resume"))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "model"])
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, train_args, what, monkeypatch):
+    """The disk is full in the second half of a save."""
+    from accelerate import Accelerator
+
+    save_state = Accelerator.save_state
+
+    def full(self, folder, **kwargs):
+        save_state(self, folder, **kwargs)
+        if "step_000004" in folder:
+            raise OSError(28, "No space left on device")
+
+    if what == "checkpoint":
+        monkeypatch.setattr(Accelerator, "save_state", full)
+    else:
+        monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", lambda *a, **k: 1 / 0)
+    with pytest.raises(UserError, match=r"could not be saved: .* The last good checkpoint is .*make room and --resume"):
+        train.main(train_args(tmp_path / "run", "--save_every", "2"))
+    monkeypatch.undo()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in checkpoints.iterdir()][-1:] and not list(checkpoints.glob(".aside*"))
+    assert not (tmp_path / "run" / "final").exists()
+    train.main(train_args(tmp_path / "whole"))
+    train.main(train_args(tmp_path / "run", "--save_every", "2", "--resume"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+# --- schedule, non-finite steps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [["--warmup_ratio", "0.25"], ["--warmup_steps", "3"], []], ids=str)
+def test_learning_rates_are_those_of_transformers(tmp_path, train_args, schedule, warmup):
+    train.main(train_args(tmp_path / "run", "--lr_schedule", schedule, *warmup))
+    logged = [line["lr"] for line in read_metrics(tmp_path / "run")]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, 3 if warmup else 0, 10)  # 0.25 * 10 steps, rounded up
+    expected = []
+    for _ in range(10):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert logged == pytest.approx(expected, rel=1e-12)
+    last = {"cosine": 0.5 * (1 + math.cos(math.pi * 6 / 7)), "linear": 1 / 7, "constant": 1}[schedule]
+    assert not warmup or logged[-1] == pytest.approx(1e-3 * last)
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypatch):
+    whole = train.sum_cross_entropy
+    calls = []
+
+    def sometimes_nan(logits, labels):
+        calls.append(1)
+        return whole(logits, labels) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(train, "sum_cross_entropy", sometimes_nan)
+    monkeypatch.setattr(data, "permutation", data.permutation)
+    train.main(train_args(tmp_path / "run", *RULES["gmt"], "--micro_batch_tokens", "100000"))
+    metrics = read_metrics(tmp_path / "run")
+    assert [m["skipped_steps"] for m in metrics] == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert sorted(metrics[2]["skipped_examples"]) == sorted(data.step_examples(70, 16, 0, 2).tolist())
+    assert all(math.isfinite(w.sum()) for w in weights(tmp_path / "run").values())
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+# --- every key does something ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory, model_dir, rows_file):
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    args = {"model": str(model_dir), "dataset": str(rows_file), "output_dir": str(folder), **PLAIN}
+    train.main([f"--{k}={v}" for k, v in args.items()])
+    return args, weights(folder), read_metrics(folder)
+
+
+PLAIN = {
+    "rule": "gmt", "keep_ratio": 0.5, "epochs": 1, "global_batch_size": 16, "learning_rate": 1e-3,
+    "mixed_precision": "fp32", "max_length": 256,
+}  # fmt: skip
+
+# key -> settings that must change the final weights
+CHANGE_WEIGHTS = {
+    "max_length": {"max_length": 200},
+    "overlong": {"max_length": 215, "overlong": "drop"},
+    "max_train_rows": {"max_train_rows": 40},
+    "eval_rows": {"eval_rows": 10},
+    "rule": {"rule": "rmt"},
+    "keep_ratio": {"keep_ratio": 0.1},
+    "scope": {"scope": "model"},
+    "exclude": {"exclude": "*proj*"},
+    "mask_vectors": {"mask_vectors": "true"},
+    "learning_rate": {"learning_rate": 2e-3},
+    "lr_schedule": {"lr_schedule": "linear"},
+    "warmup_ratio": {"warmup_ratio": 0.5},
+    "warmup_steps": {"warmup_steps": 2},
+    "weight_decay": {"weight_decay": 0.5},
+    "adam_beta1": {"adam_beta1": 0.5},
+    "adam_beta2": {"adam_beta2": 0.9},
+    "adam_epsilon": {"adam_epsilon": 1e-3},
+    "max_grad_norm": {"max_grad_norm": 0.01, "adam_epsilon": 1e-3},
+    "epochs": {"epochs": 2},
+    "max_steps": {"max_steps": 3},
+    "global_batch_size": {"global_batch_size": 20},
+    "seed": {"seed": 1},
+    "mixed_precision": {"mixed_precision": "bf16"},
+    "master_dtype": {"master_dtype": "float64"},
+}
+# keys whose effect another test, named here, shows
+SHOWN_BY = {
+    "model": "test_keys_that_name_things",
+    "dataset": "test_keys_that_name_things",
+    "tokenizer": "test_keys_that_name_things",
+    "template": "test_keys_that_name_things",
+    "output_dir": "test_keys_that_name_things",
+    "dataset_split": "test_data.py: test_hub_datasets_are_asked_for_by_id_and_split",
+    "masked_weights": "test_bad_input.py: frozen is refused",
+    "per_device_batch_size": "test_gradients_of_any_split_agree_in_fp32",
+    "micro_batch_tokens": "test_gradients_of_any_split_agree_in_fp32",
+    "deterministic": "test_keys_of_the_run",
+    "resume": "test_resume_is_bitwise",
+    "resume_changed": "test_resume_refuses_another_run_and_lists_the_differences",
+    "overwrite": "test_keys_of_the_run",
+    "save_every": "test_keys_of_the_run",
+    "keep_checkpoints": "test_keys_of_the_run",
+    "log_every": "test_keys_of_the_run",
+    "eval_every": "test_keys_of_the_run",
+}
+
+
+def test_every_key_is_listed():
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert names == CHANGE_WEIGHTS.keys() | SHOWN_BY.keys() and not CHANGE_WEIGHTS.keys() & SHOWN_BY.keys()
+
+
+@pytest.mark.parametrize("key", CHANGE_WEIGHTS)
+def test_key_changes_the_training(key, tmp_path, plain_run):
+    args, plain, _ = plain_run
+    settings = {**args, **CHANGE_WEIGHTS[key], "output_dir": tmp_path / "run"}
+    train.main([f"--{k}={v}" for k, v in settings.items()])
+    baseline = plain
+    if key == "max_grad_norm":  # AdamW hides a scale, unless epsilon is large: compare at the same epsilon
+        train.main([f"--{k}={v}" for k, v in {**settings, "max_grad_norm": 0, "output_dir": tmp_path / "no"}.items()])
+        baseline = weights(tmp_path / "no")
+    if key == "overlong":  # at the same max_length
+        train.main(
+            [f"--{k}={v}" for k, v in {**settings, "overlong": "truncate", "output_dir": tmp_path / "no"}.items()]
+        )
+        baseline = weights(tmp_path / "no")
+    assert not same(weights(tmp_path / "run"), baseline)
+
+
+def test_the_same_settings_give_the_same_weights(tmp_path, plain_run):
+    """Without this the test above could not fail."""
+    args, plain, metrics = plain_run
+    train.main([f"--{k}={v}" for k, v in {**args, "output_dir": tmp_path / "run"}.items()])
+    assert same(weights(tmp_path / "run"), plain) and read_metrics(tmp_path / "run") == metrics
+
+
+def test_keys_that_name_things(tmp_path, plain_run, monkeypatch, rows_file):
+    args, plain, _ = plain_run
+    other_rows = write_rows(tmp_path / "r.jsonl", [{"query": f"{i}", "response": f"{i}"} for i in range(30)])
+    shouting = data.Template(("query", "response"), lambda row: (row["query"].upper(), row["response"]))
+    monkeypatch.setitem(data.TEMPLATES, "shouting", shouting)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args["model"])
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.eos_token = "<pad>"
+    tokenizer.save_pretrained(tmp_path / "tok")
+    for key, value in {
+        "model": make_model(tmp_path / "model", seed=1),
+        "dataset": other_rows,
+        "template": "shouting",
+        "tokenizer": tmp_path / "tok",
+    }.items():
+        train.main([f"--{k}={v}" for k, v in {**args, key: value, "output_dir": tmp_path / "runs" / key}.items()])
+        assert not same(weights(tmp_path / "runs" / key), plain), key
+
+
+def test_keys_of_the_run(tmp_path, plain_run, monkeypatch):
+    args, _, _ = plain_run
+
+    def run(**settings):
+        train.main([f"--{k}={v}" for k, v in {**args, "output_dir": tmp_path / "run", **settings}.items()])
+        lines = read_metrics(tmp_path / "run")
+        saved = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("*"))
+        return [m["step"] for m in lines], [m["step"] for m in lines if m["eval_loss"] is not None], saved
+
+    assert run() == ([1, 2, 3, 4, 5], [], [])
+    with pytest.raises(UserError, match="already holds a run"):
+        run()
+    checkpoints = ["step_000001", "step_000002", "step_000003", "step_000004", "step_000005"]
+    assert run(overwrite="true", save_every=1)[2] == checkpoints[3:]
+    assert run(overwrite="true", save_every=1, keep_checkpoints=4)[2] == checkpoints[1:]
+    assert run(overwrite="true", log_every=2)[0] == [2, 4, 5]
+    assert run(overwrite="true", eval_rows=5, eval_every=2)[1] == [2, 4, 5]
+    was_deterministic = []
+    monkeypatch.setattr(
+        train, "deal", lambda *a, deal=train.deal: was_deterministic.append(DETERMINISTIC()) or deal(*a)
+    )
+    run(overwrite="true")
+    run(overwrite="true", deterministic="true")
+    assert was_deterministic == [False] * 5 + [True] * 5
+    torch.use_deterministic_algorithms(False)
+
+
+DETERMINISTIC = torch.are_deterministic_algorithms_enabled

@@ -1,0 +1,34 @@
+"""train.main under torchrun, with first-step gradients kept, or a crash at a step: see test_distributed.py."""
+
+import os
+import sys
+
+import torch
+
+import gmt
+import run_folder
+import train
+
+mask_gradients = gmt.Masker.mask_gradients
+
+
+def keep_gradients(self, step, **kwargs):
+    """Store the accumulated gradients of the first step, before masking."""
+    if step == 0 and "GRADIENTS" in os.environ and os.environ["RANK"] == "0":
+        torch.save({n: p.grad.clone() for n, p in self.eligible.items()}, os.environ["GRADIENTS"])
+    return mask_gradients(self, step, **kwargs)
+
+
+write = run_folder.Metrics.write
+
+
+def crash(self, line):
+    """Die after the step has been logged, before anything else."""
+    write(self, line)
+    if line["step"] == int(os.environ.get("CRASH_AT", "0")):
+        os._exit(9)
+
+
+gmt.Masker.mask_gradients = keep_gradients
+run_folder.Metrics.write = crash
+train.main(sys.argv[1:])
