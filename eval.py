@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -47,17 +48,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(config.output_dir)
     check_folder(config, folder, tasks)
     transformers_logging.set_verbosity_error()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    with run_folder.lock(folder) if state.is_main_process else contextlib.nullcontext():
-        if not config.score_only:
-            generate_all(config, folder, tasks, state)
-        if not state.is_main_process:
-            return {}
-        scores = {name: score(config, folder, task) for name, (task, _) in tasks.items()}
-        old = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
-        run_folder.write_json(folder / SCORES, {**old, **scores})
-        print_table(scores)
-        return scores
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    try:
+        with run_folder.lock(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            if not config.score_only:
+                generate_all(config, folder, tasks, accelerator)
+            if not accelerator.is_main_process:
+                return {}
+            scores = {name: score(folder, task) for name, (task, _) in tasks.items()}
+            old = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
+            run_folder.write_json(folder / SCORES, {**old, **scores})
+            print_table(scores)
+            return scores
+    finally:
+        if accelerator.num_processes == 1:  # as in train.py: the next call in this process starts afresh
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,13 +119,15 @@ def load_items(task: Task, source: str, limit: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def generate_all(config: EvalConfig, folder: Path, tasks: dict[str, tuple[Task, str]], state: PartialState) -> None:
+def generate_all(
+    config: EvalConfig, folder: Path, tasks: dict[str, tuple[Task, str]], accelerator: Accelerator
+) -> None:
     """Write folder/<task>.<protocol>.jsonl for every task; what an earlier call has done is kept."""
-    with state.local_main_process_first():
+    with accelerator.local_main_process_first():
         items = {name: load_items(task, source, config.limit) for name, (task, source) in tasks.items()}
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     settings = {name: describe(config, task, source, items[name]) for name, (task, source) in tasks.items()}
-    done = compare_settings(config, folder, settings, state)
+    done = compare_settings(config, folder, settings, accelerator)
     model = None
     for name, (task, _) in tasks.items():
         if name in done:
@@ -129,23 +136,23 @@ def generate_all(config: EvalConfig, folder: Path, tasks: dict[str, tuple[Task, 
         prompts = [tokenizer(task.prompt(item))["input_ids"] for item in items[name]]
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # longest first: memory fails early
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-        mine = range(state.process_index, len(batches), state.num_processes)
+        mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
         todo = [b for b in mine if not (parts / f"{b:06d}.jsonl").exists()]
         if todo and model is None:
-            model = load_model(config, tokenizer, state.device)
-        for b in tqdm(todo, desc=name, unit="batch", disable=not state.is_local_main_process):
+            model = load_model(config, tokenizer, accelerator.device)
+        for b in tqdm(todo, desc=name, unit="batch", disable=not accelerator.is_local_main_process):
             completions = generate(model, tokenizer, [prompts[i] for i in batches[b]], task)
             lines = [
                 {"id": i, "item": items[name][i], "prompt": task.prompt(items[name][i]), "prompt_ids": prompts[i], **c}
                 for i, c in zip(batches[b], completions, strict=True)
             ]
             write_lines(parts / f"{b:06d}.jsonl", lines)
-        state.wait_for_everyone()
-        if state.is_main_process:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
             lines = [line for b in range(len(batches)) for line in read_lines(parts / f"{b:06d}.jsonl")]
             write_lines(folder / f"{name}.jsonl", sorted(lines, key=lambda line: line["id"]))
             shutil.rmtree(parts)
-        state.wait_for_everyone()
+        accelerator.wait_for_everyone()
 
 
 def describe(config: EvalConfig, task: Task, source: str, items: list[dict]) -> dict[str, Any]:
@@ -169,7 +176,7 @@ def describe(config: EvalConfig, task: Task, source: str, items: list[dict]) -> 
     }
 
 
-def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict], state: PartialState) -> set[str]:
+def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict], accelerator: Accelerator) -> set[str]:
     """Write settings.json, after a look at what is there; returns the tasks whose completions are complete."""
     path = folder / SETTINGS
     old = json.loads(path.read_text()) if path.exists() else {}
@@ -179,8 +186,8 @@ def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict]
             changed += [f"{name}: {d}" for d in run_folder.differences(old[name], new, list(new))]
     if changed and not config.overwrite:
         raise UserError(f"{folder} holds results of other settings: {'; '.join(changed)} (--overwrite deletes them)")
-    state.wait_for_everyone()  # all have read what is now written
-    if state.is_main_process:
+    accelerator.wait_for_everyone()  # all have read what is now written
+    if accelerator.is_main_process:
         if config.overwrite:
             for name in settings:
                 shutil.rmtree(folder / f"{name}.parts", ignore_errors=True)
@@ -188,9 +195,9 @@ def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict]
         for name in settings:
             (folder / f"{name}.parts").mkdir(parents=True, exist_ok=True)
         run_folder.write_json(path, {**old, **settings})
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
     done = {name for name in settings if (folder / f"{name}.jsonl").exists()}
-    for name in done if state.is_main_process else ():
+    for name in done if accelerator.is_main_process else ():
         shutil.rmtree(folder / f"{name}.parts", ignore_errors=True)
     return done
 
@@ -280,7 +287,7 @@ def finish(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def score(config: EvalConfig, folder: Path, task: Task) -> dict[str, Any]:
+def score(folder: Path, task: Task) -> dict[str, Any]:
     """Judge the stored completions of a task and write the verdicts beside them; returns its entry of scores.json."""
     path = folder / f"{task.name}.{task.protocol}.jsonl"
     lines = [{**line, **task.score(line["item"], line["completion"])} for line in read_lines(path)]

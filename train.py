@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from datasets.utils.logging import disable_progress_bar
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -226,7 +226,8 @@ def check_paths(config: TrainConfig) -> None:
         path = getattr(config, name)
         if path and is_local(path) and not Path(path).is_dir():
             raise UserError(f"{name} {path}: no such folder (a Hub model is written owner/name)")
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     check_batches(config, None, int(os.environ.get("WORLD_SIZE", "1")))
 

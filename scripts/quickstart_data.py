@@ -120,6 +120,7 @@ def main(folder: Path) -> None:
     )
     model.save_pretrained(folder / "random_model")
     tokenizer.save_pretrained(folder / "random_model")
+    (folder / "random_model" / "COMPLETED").touch()  # the mark of a finished folder
     example = tokenizer(ALPACA.format(instruction=rows["add"][0]["query"]) + rows["add"][0]["response"])["input_ids"]
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens; an example has {len(example)}:")
     print("|".join(tokenizer.decode([t]) for t in example))

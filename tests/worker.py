@@ -4,6 +4,7 @@ import os
 import sys
 
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import gmt
 import run_folder
@@ -29,6 +30,15 @@ def crash(self, line):
         os._exit(9)
 
 
-gmt.Masker.mask_gradients = keep_gradients
-run_folder.Metrics.write = crash
-train.main(sys.argv[1:])
+def exact_norm(self, x):
+    """RMSNorm in the dtype of x. transformers' one rounds an fp64 model's activations to fp32: a last bit that differs
+    between two splits then flips a rounding, and AdamW makes it 1e-8 of a weight."""
+    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+if __name__ == "__main__":
+    if "float64" in sys.argv:
+        LlamaRMSNorm.forward = exact_norm
+    gmt.Masker.mask_gradients = keep_gradients
+    run_folder.Metrics.write = crash
+    train.main(sys.argv[1:])

@@ -1,0 +1,23 @@
+# Sourced by the other scripts: an active Python environment with requirements.txt in it, made in .venv where none is.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+    if [ ! -x .venv/bin/python ]; then
+        for python in python3 python3.13 python3.12 python3.11; do
+            "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+            python=
+        done
+        [ -n "$python" ] || { echo "Python 3.11 or newer is needed; install it (with its venv module) and try again" >&2; exit 2; }
+        echo "making a virtual environment in .venv"
+        "$python" -m venv .venv || { rm -rf .venv; echo "$python has no venv module (Debian: apt install python3-venv)" >&2; exit 2; }
+    fi
+    source .venv/bin/activate
+fi
+
+# Installed once per version of requirements.txt: a stamp in the environment holds the file that was installed.
+stamp="$(python -c 'import sys; print(sys.prefix)')/.gmt-requirements"
+if ! cmp -s requirements.txt "$stamp"; then
+    echo "installing requirements.txt into $(dirname "$stamp")"
+    python -m pip install -q -r requirements.txt || { echo "pip install -r requirements.txt failed: see above" >&2; exit 1; }
+    cp requirements.txt "$stamp"
+fi

@@ -1,0 +1,340 @@
+"""Wrong input ends in one clear line: pytest tests/test_bad_input.py
+
+Most cases call main() in this process and look at the UserError; the last tests show that `python train.py` and
+`python eval.py` turn it into one line on standard error and exit code 2.
+"""
+
+import gzip
+import json
+import resource
+
+import pytest
+import torch
+from conftest import make_model, python, write_rows
+
+import eval as evaluation
+import run_folder
+import train
+from config import EvalConfig, TrainConfig, UserError, parse
+
+GOOD = '{"query": "q", "response": "r"}\n'
+
+
+@pytest.fixture
+def run(tmp_path, train_args):
+    """Call train.main with settings that replace or extend those of a good run."""
+
+    def call(**settings):
+        words = train_args(tmp_path / "run")
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        given.update({f"--{k}": str(v) for k, v in settings.items()})
+        return train.main([f"{k}={v}" for k, v in given.items() if v != "None"])
+
+    return call
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lerning_rate": 1}, r"--lerning_rate=1: unknown key 'lerning_rate'; did you mean learning_rate\?"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": "nan"}, "learning_rate must be a finite number, got 'nan'"),
+        ({"learning_rate": "inf"}, "learning_rate must be a finite number"),
+        ({"learning_rate": 0}, "learning_rate must be above 0, got 0.0"),
+        ({"epochs": 1.5}, "epochs must be a whole number, got '1.5'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"deterministic": "maybe"}, "deterministic must be true or false, got 'maybe'"),
+        ({"rule": "gmtt"}, "rule must be one of none, gmt, rmt, hft, got 'gmtt'"),
+        ({"masked_weights": "frozen"}, "masked_weights must be one of momentum, got 'frozen'"),
+        ({"rule": "gmt"}, r"rule gmt needs keep_ratio, the fraction of entries kept, in \(0, 1\]"),
+        ({"rule": "gmt", "keep_ratio": 0}, r"must be in \(0, 1\], got 0.0"),
+        ({"rule": "rmt", "keep_ratio": 1.5}, r"must be in \(0, 1\], got 1.5"),
+        ({"keep_ratio": 0.2}, "keep_ratio has no meaning for rule none"),
+        ({"rule": "hft", "keep_ratio": 0.2}, "keep_ratio has no meaning for rule hft"),
+        ({"scope": "model"}, "scope has no meaning for rule none"),
+        ({"exclude": "*embed*"}, "exclude has no meaning for rule none"),
+        ({"mask_vectors": "true"}, "mask_vectors has no meaning for rule none"),
+        ({"rule": "gmt", "keep_ratio": 0.2, "exclude": "embedd"}, "exclude pattern 'embedd' matches none of"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, r"warmup_ratio \(0.1\) or warmup_steps \(5\), not both"),
+        ({"warmup_ratio": 1}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
+        ({"eval_every": 5}, "eval_every 5 needs eval_rows"),
+        ({"resume": "true", "overwrite": "true"}, "set one of the two"),
+        ({"resume_changed": "true"}, "no meaning without resume"),
+        ({"template": "metamaths"}, "unknown word 'metamaths'; did you mean metamath?"),
+        ({"master_dtype": "float64", "mixed_precision": "bf16"}, "float64 needs mixed_precision fp32, got bf16"),
+        # batch arithmetic: all the numbers
+        ({"micro_batch_tokens": 100}, "max_length 512 tokens, but a forward pass takes micro_batch_tokens 100"),
+        ({"global_batch_size": 71}, "global_batch_size 71, 1 processes, 70 examples: a step would be larger than"),
+        (
+            {"per_device_batch_size": 17},
+            "global_batch_size 16, 1 processes, per_device_batch_size 17: one forward pass",
+        ),
+        ({"eval_rows": 70}, "eval_rows 70 leaves nothing to train on: there are 70 examples"),
+        ({"model": "None"}, "missing: --model"),
+        ({"model": "/no/such"}, "model /no/such: no such folder"),
+        ({"tokenizer": "/no/such"}, "tokenizer /no/such: no such folder"),
+        ({"model": "owner/not-in-the-cache"}, "tokenizer owner/not-in-the-cache cannot be loaded: "),
+        (
+            {"dataset": "owner/not-in-the-cache"},
+            "dataset owner/not-in-the-cache, split train: no local path, and neither",
+        ),
+        ({"dataset": "missing.jsonl"}, "dataset missing.jsonl: no such file or folder"),
+        ({"config": "missing.yaml"}, "--config missing.yaml: no such file"),
+    ],
+    ids=lambda v: ",".join(v) if isinstance(v, dict) else "",
+)
+def test_settings(run, settings, message):
+    with pytest.raises(UserError, match=message):
+        run(**settings)
+
+
+def test_fp16_needs_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="mixed_precision fp16 needs a GPU"):
+        run(mixed_precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1\n", "unknown key 'learning_rat'; did you mean learning_rate"),
+        ("learning_rate: [1, 2]\n", "learning_rate must be one value, got '1 2'"),
+        ("learning_rate: {a: 1}\n", "learning_rate: expected one value or a flat list"),
+        ("epochs: yes\n", "epochs must be a whole number, got 'True'"),
+        ("just words\n", "expected lines of `key: value`, got str"),
+        ("", "expected lines of `key: value`, got NoneType"),
+        ("a: b: c\n", "not valid YAML: mapping values are not allowed here"),
+        (b"rule: \xff\n", "cannot be read"),
+    ],
+)
+def test_yaml(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        parse(TrainConfig, ["--config", str(path)])
+
+
+def test_words_follow_yaml_and_types_are_the_same(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: m\ndataset: d\noutput_dir: o\nlearning_rate: 5e-6\nexclude: [a, b]\nseed:\nrule: rmt\nkeep_ratio: 1\n"
+    )
+    config = parse(TrainConfig, ["--seed", "3", "--config", str(path), "--learning-rate", "1e-3", "--resume"])
+    assert (config.learning_rate, config.exclude, config.seed, config.resume) == (1e-3, ["a", "b"], 3, True)
+    assert parse(TrainConfig, ["--config", str(path)]).learning_rate == 5e-6
+    with pytest.raises(UserError, match="unknown key 'learn'"):  # no abbreviations
+        parse(TrainConfig, ["--learn", "1"])
+    with pytest.raises(UserError, match="unexpected argument 'x'"):
+        parse(TrainConfig, ["x"])
+    with pytest.raises(UserError, match="tasks is empty"):
+        parse(EvalConfig, ["--output_dir", "o", "--tasks"])
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty"),
+        ("\n \n", "no rows"),
+        (GOOD + "{broken\n", "line 2: malformed JSON: Expecting property name"),
+        (GOOD + '{"query": "q"', "line 2: malformed JSON"),
+        (GOOD + "[1]\n", "line 2: expected an object"),
+        (GOOD.encode() + b'{"query": "\xff"}\n', r"line 2: not valid UTF-8 \(byte 12 of the line\)"),
+        (b"\xef\xbb\xbf" + GOOD.encode(), "byte-order mark"),
+        (GOOD + '{"query": "q"}\n', "line 2: no column 'response'; the row has 'query'"),
+        (GOOD + '{"query": null, "response": "r"}\n', "line 2: column 'query' must be text, got null"),
+        (GOOD + '{"query": 3, "response": "r"}\n', "line 2: column 'query' must be text, got int"),
+        (GOOD + '{"query": "q", "response": "\\ud800"}\n', "line 2: column 'response' holds half of a surrogate pair"),
+        (GOOD + '{"query": "q", "response": " "}\n', "row 2 of the dataset: the response is empty"),
+    ],
+)
+def test_rows(run, tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as error:
+        run(dataset=path)
+    assert "rows.jsonl" in str(error.value) or "row 2" in str(error.value)
+
+
+def test_gzip_array_parquet_and_folder(run, tmp_path):
+    whole = gzip.compress((GOOD * 5000).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "not.jsonl.gz").write_text(GOOD)
+    (tmp_path / "array.json").write_text(f"[{GOOD},\n{GOOD},\n{{]")
+    (tmp_path / "item.json").write_text(f'[{GOOD}, {{"query": "q"}}]')
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.csv").write_text("query,response\n")
+    import pandas
+
+    pandas.DataFrame([{"query": "q", "response": None}, {"query": "q", "response": "r"}]).to_parquet(
+        tmp_path / "n.parquet"
+    )
+    for name, message in {
+        "cut.jsonl.gz": "cut.jsonl.gz: not a complete gzip file after line",
+        "not.jsonl.gz": "not a complete gzip file",
+        "array.json": "array.json, line 5: malformed JSON",
+        "item.json": "item.json, item 2: no column 'response'",
+        "bad.parquet": "bad.parquet: cannot be read",
+        "n.parquet": "column 'response' is null in 1 of 2 rows",
+        "empty": "the folder holds no .jsonl",
+        "rows.csv": "expected a file that ends in .jsonl",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run(dataset=tmp_path / name)
+
+
+def test_lengths_and_token_ids(run, tmp_path):
+    with pytest.raises(UserError, match="none of the 70 examples has a token to train on within max_length 20"):
+        run(max_length=20)
+    with pytest.raises(UserError, match="an example has 2.. tokens, the model's context is 100: lower max_length"):
+        run(model=make_model(tmp_path / "short", max_position_embeddings=100))
+    small = make_model(tmp_path / "small", vocab_size=200)
+    with pytest.raises(UserError, match=r"token id \d+ is beyond the model's embedding of 200 rows"):
+        run(model=small)
+
+
+def test_overlong_examples_are_reported(run, capsys):
+    run(max_length=210, max_steps=1)
+    out = capsys.readouterr().out
+    cut = int(out.split(" cut to max_length 210")[0].rsplit("(", 1)[1])
+    assert 0 < cut < 70
+
+
+# --- output folder ---------------------------------------------------------------------------------------------------
+
+
+def test_output_folder(run, tmp_path):
+    with pytest.raises(UserError, match="resume: .* holds no run"):
+        run(resume="true")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        run(output_dir=tmp_path / "file")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for words in ({}, {"overwrite": "true"}):
+        with pytest.raises(UserError, match="is not empty and holds no run"):
+            run(output_dir=tmp_path / "mine", **words)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    run(max_steps=1)
+    with pytest.raises(
+        UserError, match=r"already holds a run: go on with it \(--resume\) or delete it \(--overwrite\)"
+    ):
+        run()
+    with pytest.raises(UserError, match="no complete checkpoint in .*; start again with --overwrite"):
+        (tmp_path / "run" / "final" / "COMPLETED").unlink()
+        run(resume="true", max_steps=1)
+
+
+def test_overwrite_deletes_only_what_a_run_made(run, tmp_path, monkeypatch):
+    run(max_steps=1)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run(max_steps=1, overwrite="true")
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(UserError, match="is a link, a home, the root or the working folder"):
+        run(max_steps=1, overwrite="true", output_dir=tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(UserError, match="working folder"):
+        run(max_steps=1, overwrite="true")
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_folder_in_use_is_refused(run, tmp_path):
+    with run_folder.lock(tmp_path / "run"), pytest.raises(UserError, match=r"is in use by process \d+ on "):
+        run()
+
+
+# --- eval.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_eval(tmp_path, model_dir, monkeypatch):
+    good = write_rows(tmp_path / "good.jsonl", [{"question": "q", "answer": "#### 1"}])
+    bad = write_rows(tmp_path / "bad.jsonl", [{"question": "q", "answer": "#### 1"}, {"question": "q", "answer": "1"}])
+    (tmp_path / "empty").mkdir()
+
+    def run(**settings):
+        given = {"model": model_dir, "tasks": f"gsm8k={good}", "output_dir": tmp_path / "e", "dtype": "float32"}
+        evaluation.main([f"--{k}={v}" for k, v in {**given, **settings}.items() if v is not None])
+
+    for settings, message in (
+        ({"tasks": "gsm8"}, r"unknown task 'gsm8'; did you mean gsm8k\?"),
+        ({"tasks": None}, "missing: --tasks"),
+        ({"tasks": "gsm8k=missing.jsonl"}, "task gsm8k: no file missing.jsonl"),
+        ({"tasks": "gsm8k", "data_dir": "/no/such"}, "task gsm8k: no file /no/such/gsm8k/test.jsonl"),
+        ({"tasks": f"gsm8k={bad}"}, "bad.jsonl, item 2: the answer must end in '#### ' and a whole number, got '1'"),
+        ({"tasks": "gsm8k"}, "dataset openai/gsm8k, split test: no local path, and neither Hub nor cache gives it"),
+        ({"model": "/no/such"}, "model /no/such: no such folder, or no config.json in it"),
+        ({"model": tmp_path / "empty"}, "no config.json in it"),
+        ({"model": None}, r"missing: --model \(only --score_only goes without\)"),
+        ({"score_only": "true"}, "score_only: .* holds no gsm8k.metamath.jsonl"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"output_dir": good}, "is a file, expected a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(**settings)
+    no_weights = make_model(tmp_path / "no_weights")
+    (no_weights / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model .*no_weights cannot be loaded"):
+        run(model=no_weights)
+    no_tokenizer = make_model(tmp_path / "no_tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (no_tokenizer / name).unlink()
+    with pytest.raises(UserError, match="tokenizer .*no_tokenizer cannot be loaded"):
+        run(model=no_tokenizer, output_dir=tmp_path / "e2")
+    with pytest.raises(UserError, match="embedding 200 rows: they do not belong together"):
+        run(model=make_model(tmp_path / "small", vocab_size=200), output_dir=tmp_path / "e3")
+    with pytest.raises(UserError, match="named twice"):
+        evaluation.main(["--model", str(model_dir), "--output_dir", "o", "--tasks", f"gsm8k={good}", f"gsm8k={bad}"])
+
+
+# --- the programs ----------------------------------------------------------------------------------------------------
+
+
+def one_line(done, program, message):
+    assert done.returncode == 2, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if "examples/s]" not in line and "it/s]" not in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{program}: error: ") and message in lines[0], done.stderr[-2000:]
+
+
+def test_programs_end_with_one_line_and_exit_code_2(tmp_path, train_args):
+    one_line(python("train.py", "--lerning_rate", "1"), "train.py", "unknown key")
+    one_line(python("eval.py", "--tasks", "gsm8", "--output_dir", "o"), "eval.py", "unknown task")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD + "{broken\n")
+    done = python("train.py", *train_args(tmp_path / "run", "--dataset", str(path)))
+    one_line(done, "train.py", "line 2: malformed JSON")
+    done = python("train.py", "--help")
+    assert done.returncode == 0 and "| keep_ratio | float |" in done.stdout
+
+
+def test_no_space_left_at_a_save(tmp_path, train_args):
+    """A limit on the size of files stands in for a full disk: real writes fail. The previous checkpoint is intact."""
+    args = train_args(tmp_path / "run", "--save_every", "2")
+    small = tmp_path / "small"
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import checkpoint, train, config\n"
+        "save = checkpoint.save\n"
+        "def limited(accelerator, folder, progress, keep):\n"
+        "    if progress['step'] == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "    save(accelerator, folder, progress, keep)\n"
+        "checkpoint.save = limited\n"
+        "config.run_main(lambda: train.main(sys.argv[1:]), 'train.py')\n"
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    done = python("-c", code, *args)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "step_000004 could not be saved" in done.stderr and "last good checkpoint is" in done.stderr
+    checkpoints = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["step_000002"]
+    assert len(json.loads((tmp_path / "run" / "checkpoints" / "step_000002" / "COMPLETED").read_text())) >= 3
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # the log of the failed run is there
+    done = python("train.py", *args, "--resume")
+    assert done.returncode == 0 and (tmp_path / "run" / "final").exists() and not small.exists()
