@@ -16,6 +16,8 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+import gmt
+
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, exit code 2."""
@@ -58,8 +60,8 @@ class TrainConfig:
     eval_rows: int = key(0, "hold out N random rows for the evaluation loss")
 
     # the method
-    rule: Literal["none", "gmt", "rmt", "hft"] = key("gmt", "which weights are updated: none is plain SFT")
-    keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; for gmt and rmt")
+    rule: str = key("gmt", "which weights are updated: gmt, rmt, hft, none (plain SFT), or one added to gmt.py")
+    keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; not for hft and none")
     scope: Literal["tensor", "model"] = key("tensor", "one threshold per matrix, or one over all of them")
     masked_weights: Literal["momentum"] = key("momentum", "a masked weight's gradient is 0; its moments still move it")
     exclude: list[str] = key([], "patterns of parameter names that are not masked, e.g. '*embed_tokens*'")
@@ -98,7 +100,9 @@ class TrainConfig:
 
     def __post_init__(self):
         """Raise UserError where keys contradict each other or are out of range."""
-        masks = self.rule in ("gmt", "rmt")
+        if self.rule not in gmt.rules():
+            raise UserError(f"rule: unknown word {self.rule!r}{nearest(self.rule, gmt.rules())}")
+        masks = self.rule in gmt.SCORES
         if masks and self.keep_ratio is None:
             raise UserError(f"rule {self.rule} needs keep_ratio, the fraction of entries kept, in (0, 1]")
         if masks and not 0 < self.keep_ratio <= 1:

@@ -97,7 +97,7 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    number, found = 0, 0
     try:
         with opener(path, "rb") as f:
             is_array = path.name.endswith((".json", ".json.gz")) and f.read(64).lstrip()[:1] == b"["
@@ -112,6 +112,7 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
                     place = f"{path}, item {i}" if is_array else f"{path}, line {number}"
                     if not isinstance(row, dict):
                         raise UserError(f"{place}: expected an object {{...}}, got {type(row).__name__}")
+                    found += 1
                     yield place, row
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, line {number}: not valid UTF-8 (byte {e.start + 1} of the line)") from None
@@ -122,8 +123,8 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: not a complete gzip file after line {number}: {e}") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-    if number == 0:
-        raise UserError(f"{path}: the file is empty")
+    if not found:
+        raise UserError(f"{path}: the file is empty" if number == 0 else f"{path}: no rows in the file")
 
 
 def read_columns(path: str | Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -189,8 +190,8 @@ def _from_file(path: Path, columns: tuple[str, ...]) -> Dataset:
     except DatasetGenerationError as e:
         cause = e.__cause__ or e
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{path}: cannot be read: {cause}") from None
-    except ValueError as e:  # datasets' word for "no examples"
-        raise UserError(f"{path}: no rows ({_one_line(e)})") from None
+    except ValueError as e:  # what pyarrow raises for a file that is no Parquet
+        raise UserError(f"{path}: cannot be read: {_one_line(e)}") from None
 
 
 def _from_hub(source: str, split: str, subset: str | None) -> Dataset:

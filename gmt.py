@@ -79,7 +79,11 @@ def score_rmt(e: Entries) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Entries], Tensor]] = {"gmt": score_gmt, "rmt": score_rmt}
-RULES = ("none", "hft", *SCORES)
+
+
+def rules() -> tuple[str, ...]:
+    """The words for a rule: `none` (plain SFT), `hft`, and the scores above."""
+    return "none", "hft", *SCORES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +191,7 @@ class Masker:
     Args:
         named_parameters: `model.named_parameters()`, taken after the model is wrapped for training (Accelerate's
             `prepare`, DDP); a tied weight is counted once. Parameters that need no gradient are never touched.
-        rule: a word of RULES. `none` masks nothing, and neither does `hft`, which works by `freeze_half`.
+        rule: a word of rules(). `none` masks nothing, and neither does `hft`, which works by `freeze_half`.
         keep_ratio: fraction of entries kept, in (0, 1]; the paper's mask ratio is 1 - keep_ratio.
         scope: `tensor`, one threshold per matrix (the paper's), or `model`, one over all masked entries.
         exclude: fnmatch patterns of parameter names that are not masked, e.g. `*embed_tokens*`.
@@ -211,8 +215,8 @@ class Masker:
         mask_vectors: bool = False,
         seed: int = 0,
     ):
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+        if rule not in rules():
+            raise ValueError(f"rule must be one of {', '.join(rules())}; got {rule!r}")
         if rule in SCORES and not (keep_ratio is not None and 0 < keep_ratio <= 1):
             raise ValueError(f"rule {rule} needs a keep_ratio in (0, 1]; got {keep_ratio}")
         if rule not in SCORES and keep_ratio is not None:

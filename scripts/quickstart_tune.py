@@ -2,7 +2,7 @@
 
     python scripts/quickstart_tune.py outputs/quickstart      # after scripts/quickstart.sh; about 8 minutes on 2 cores
 
-Criterion, fixed beforehand: the mean of new-skill and retained accuracy; of equal rates the lower one.
+Criterion: the harmonic mean of new-skill and retained accuracy, which asks for both; of equal rates the lower one.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from tqdm import tqdm  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
-RATES = ("1e-4", "2e-4", "3e-4", "5e-4", "1e-3")
+RATES = ("5e-5", "7e-5", "1e-4", "1.5e-4", "2e-4")
 KEEP_RATIO = {"none": "", "rmt": "0.2", "hft": "", "gmt": "0.2"}
 
 
@@ -43,9 +43,10 @@ def main(folder: Path) -> None:
                 evaluation.main([*score, "--model", str(run / "final"), "--output_dir", str(run / "eval")])
             accuracy = accuracies(run / "eval", problems)
             (new, _), (old, _) = accuracy["new"], accuracy["old"]
-            scored.append(((new + old) / 2, -float(rate), rate))
+            both = 2 * new * old / (new + old) if new + old else 0.0
+            scored.append((both, -float(rate), rate))
             bar.update()
-            bar.write(f"{rule:5} {rate}: new skill {new:.1%}, retained {old:.1%}, mean {(new + old) / 2:.1%}")
+            bar.write(f"{rule:5} {rate}: new skill {new:.1%}, retained {old:.1%}, harmonic mean {both:.1%}")
         chosen.append(f"{rule} {max(scored)[2]} {keep_ratio}".strip())
     bar.close()
     text = "# rule, learning rate, keep_ratio: written by scripts/quickstart_tune.py\n" + "\n".join(chosen) + "\n"
