@@ -282,7 +282,8 @@ def tokenise(
             cut = len(whole) > max_length
             ids = whole[:max_length]
             # The first token is never predicted: it is not trained even where the prompt is empty.
-            labels = [IGNORE if i < max(len(prompt), 1) else t for i, t in enumerate(ids)]
+            num_prompt = max(1, len(prompt) - (prompt[-1:] == [eos]))
+            labels = [IGNORE if i < num_prompt else t for i, t in enumerate(ids)]
             trained = sum(label != IGNORE for label in labels)
             out["input_ids"].append(ids)
             out["labels"].append(labels)
@@ -291,8 +292,10 @@ def tokenise(
             out["left_out"].append(trained == 0 or (cut and overlong == "drop"))
         return out
 
-    # A name of our own for the cached result: hashing a tokenizer object is slow and not stable.
-    identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, "v1")
+    # A name of our own for the cached result: hashing a tokenizer object is slow and not stable. This file is part of
+    # it, so that an edited template is not served from the cache.
+    this_file = Path(__file__).read_bytes()
+    identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, this_file)
     encoded = rows.map(
         encode,
         batched=True,

@@ -305,7 +305,15 @@ def load_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
     context = getattr(architecture, "max_position_embeddings", math.inf)
     if (longest := int(examples.lengths.max())) > context:
         raise UserError(f"an example has {longest} tokens, the model's context is {context}: lower max_length")
-    return from_pretrained(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.master_dtype))
+    model = from_pretrained(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.master_dtype))
+    # transformers refuses to save some generation configurations that are published with models (a temperature without
+    # do_sample, say). That must not come out after days of training.
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True  # what a temperature means
+        as_user_error(model.generation_config.validate, strict=True)
+    return model
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:

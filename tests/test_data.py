@@ -70,6 +70,12 @@ def test_one_bos_if_the_tokenizer_adds_one(tmp_path, model_dir):
     rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
     ids = data.tokenise(rows, tokenizer, "metamath", 512).rows[0]["input_ids"]
     assert ids.count(0) == 1 and ids[0] == 0
+    # and one that adds EOS, too: still one, and the first token of the response is trained
+    ends = [("<bos>", 0), ("<eos>", 1)]
+    both = AutoTokenizer.from_pretrained(model_dir)
+    both.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+    example = data.tokenise(rows, both, "metamath", 512).rows[0]
+    assert example["input_ids"] == ids and example["labels"][-2:] == ids[-2:]
     assert data.tokenise(rows, tokenizer, "metamath", 512).rows[0]["labels"][-3:] == [-100, ids[-2], 1]
 
 
@@ -105,6 +111,15 @@ def test_a_changed_file_is_read_anew(tmp_path):
     assert data.load_rows(str(path), COLUMNS)[0]["response"] == "old"
     write_rows(path, [{"query": "q", "response": "new"}])
     assert data.load_rows(str(path), COLUMNS)[0]["response"] == "new"
+
+
+def test_an_edited_template_is_not_served_from_the_cache(tmp_path, tokenizer, monkeypatch):
+    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
+    before = data.tokenise(rows, tokenizer, "metamath", 512).fingerprint()
+    (tmp_path / "data.py").write_text("another version of the file")
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    monkeypatch.setitem(data.TEMPLATES, "metamath", data.Template(COLUMNS, lambda row: ("Q:", row["response"])))
+    assert data.tokenise(rows, tokenizer, "metamath", 512).fingerprint() != before
 
 
 def test_hub_datasets_are_asked_for_by_id_and_split(monkeypatch):

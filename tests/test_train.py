@@ -55,6 +55,14 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, train_args):
     assert model.dtype == torch.float32 and model.num_parameters() > 30_000
 
 
+def test_a_generation_config_that_transformers_would_not_save(tmp_path, train_args):
+    model = make_model(tmp_path / "model")
+    path = model / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.6, "do_sample": False}))
+    train.main(train_args(tmp_path / "run", "--model", str(model), "--max_steps", "1"))
+    assert json.loads((tmp_path / "run" / "final" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
 def test_first_step_is_masked_adamw_on_the_token_mean_loss(tmp_path, train_args, model_dir, rows_file):
     """One step of the loop against a slow one: one example at a time, sort, textbook AdamW."""
     args = train_args(tmp_path / "run", *RULES["gmt"], "--max_steps", "1", "--master_dtype", "float64")
