@@ -1,0 +1,116 @@
+"""The shell scripts, run whole: pytest tests/test_scripts.py -m slow"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, python, write_rows
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """What git knows of the repository (or what is new in it), without outputs, in a folder with a space in its name."""
+    folder = tmp_path / "a clone"
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    """Start a script in the environment of this test, called from elsewhere, in a process group of its own."""
+    env = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env.pop("HF_HUB_OFFLINE", None)
+    log = open(folder / "log.txt", "a")  # noqa: SIM115  belongs to the process
+    command = ["bash", str(folder / words[0]), *words[1:]]
+    return subprocess.Popen(command, cwd="/", env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_quickstart_is_cut_goes_on_and_is_reused(clone):
+    out = clone / "outputs" / "quickstart"
+    for moment in ("base/checkpoints/step_000200/COMPLETED", "none/checkpoints/step_000080/COMPLETED"):
+        process = start(clone, "scripts/quickstart.sh")
+        deadline = time.time() + 400
+        while not (out / moment).exists() and time.time() < deadline:
+            assert process.poll() is None, (clone / "log.txt").read_text()[-3000:]
+            time.sleep(0.05)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (out / "none" / "final").exists()
+    assert start(clone, "scripts/quickstart.sh").wait(timeout=600) == 0, (clone / "log.txt").read_text()[-3000:]
+    assert json.loads((out / "base" / "run.json").read_text())["resumed"]
+    assert json.loads((out / "none" / "run.json").read_text())["resumed"]
+    (clone / "log.txt").unlink()
+    began = time.time()
+    assert start(clone, "scripts/quickstart.sh").wait(timeout=60) == 0
+    log = (clone / "log.txt").read_text()
+    assert time.time() - began < 30 and log.count("is there") == 10 and "training" not in log
+    rows = dict(re.findall(r"^\| ([\w ()]+) \| (.*) \|$", (out / "quickstart.md").read_text(), re.MULTILINE))
+    assert rows.keys() == {"rule", "base model", "none (SFT)", "rmt", "hft", "gmt"}
+    new, old = (
+        [float(cells.split(" | ")[i].split("%")[0]) for n, cells in rows.items() if n != "rule"] for i in (1, 2)
+    )
+    assert new[0] < 20 and old[0] > 80 and min(new[1:]) > 50 and min(old[1:]) > 20 and max(old[1:]) < 80
+    assert (out / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
+
+
+REAL = os.environ.get("GMT_DATA_DIR", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (Path(REAL) / "gsm8k").is_dir() or not REAL, reason="GMT_DATA_DIR names no folder with gsm8k/")
+def test_the_real_gsm8k_goes_through_whole(clone):
+    assert start(clone, "scripts/gsm8k_from_scratch.sh", REAL).wait(timeout=1800) == 0, (clone / "log.txt").read_text()[
+        -3000:
+    ]
+    out = clone / "outputs" / "gsm8k_from_scratch"
+    assert (out / "train.jsonl").read_text().count("\n") == 7473
+    run = json.loads((out / "run" / "run.json").read_text())
+    assert run["data"]["examples"] == 7273  # 200 are held out, none is lost
+    (scores,) = json.loads((out / "eval" / "scores.json").read_text()).values()
+    assert scores["n"] == 1319 and 0 <= scores["score"] < 0.1
+    print((clone / "log.txt").read_text()[-2000:])
+
+
+def test_gsm8k_rows_in_metamaths_schema(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    answer = "She has 1000+200=<<1000+200=1200>>1,200 figs.\n#### 1,200"
+    write_rows(tmp_path / "gsm8k" / "train.jsonl", [{"question": "How many?", "answer": answer}])
+    assert python("scripts/gsm8k_to_metamath.py", str(tmp_path), str(tmp_path / "out.jsonl")).returncode == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {
+        "type": "GSM_AnsAug",
+        "query": "How many?",
+        "original_question": "How many?",
+        "response": "She has 1000+200=1,200 figs.\n#### 1,200\nThe answer is: 1200",
+    }
+    done = python("scripts/gsm8k_to_metamath.py", "/no/such", "out.jsonl")
+    assert done.returncode == 2 and "no train.jsonl or train.jsonl.gz in /no/such/gsm8k" in done.stderr
+
+
+def test_make_model_has_a_byte_fall_back(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = write_rows(tmp_path / "rows.jsonl", [{"query": "Tom has 34 figs.", "response": "34 is 34."}] * 20)
+    assert python("scripts/make_model.py", str(rows), str(tmp_path / "model")).returncode == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in ("Tom has 34 figs.\n\n  two  spaces", "never seen: ß 数 😀 ▁"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("▁", " ")
+    assert tokenizer.unk_token_id not in tokenizer("數😀")["input_ids"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.max_position_embeddings == 2048
