@@ -166,8 +166,12 @@ class EvalConfig:
         for name, least in (("batch_size", 1), ("limit", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.score_only and self.overwrite:
-            raise UserError("score_only reads what is in output_dir, overwrite deletes it: set one of the two")
+        if self.score_only:  # what only matters when something is generated
+            for name in ("model", "tokenizer", "data_dir", "limit", "overwrite"):
+                if getattr(self, name):
+                    raise UserError(f"score_only scores what is in output_dir: {name} has no meaning with it")
+            if files := [word for word in self.tasks if "=" in word]:
+                raise UserError(f"score_only scores what is in output_dir: write {files[0]} without the file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +297,7 @@ def _convert(f: dataclasses.Field, values: list[str], where: str) -> Any:
         number = kind(text)
     except ValueError:
         wrong("a whole number" if kind is int else "a number", text)
-    if not math.isfinite(number):
+    if kind is float and not math.isfinite(number):
         wrong("a finite number", text)
     return number
 

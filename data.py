@@ -45,8 +45,8 @@ ALPACA_WITH_INPUT = (
 
 def metamath(row: dict[str, str]) -> tuple[str, str]:
     """MetaMath's train_math.py: the first line of the query is the instruction, further lines are the input."""
-    instruction, newline, rest = row["query"].partition("\n")
-    template = ALPACA_WITH_INPUT if newline else ALPACA
+    instruction, _, rest = row["query"].partition("\n")
+    template = ALPACA_WITH_INPUT if rest else ALPACA
     return template.format_map({"instruction": instruction, "input": rest}), row["response"]
 
 
@@ -190,7 +190,7 @@ def _from_file(path: Path, columns: tuple[str, ...]) -> Dataset:
     except DatasetGenerationError as e:
         cause = e.__cause__ or e
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{path}: cannot be read: {cause}") from None
-    except ValueError as e:  # what pyarrow raises for a file that is no Parquet
+    except (ValueError, OSError) as e:  # no Parquet file; a cache that cannot be written
         raise UserError(f"{path}: cannot be read: {_one_line(e)}") from None
 
 
@@ -207,8 +207,9 @@ def _check_columns(rows: Dataset, columns: tuple[str, ...], source: str) -> None
     for column in columns:
         if column not in rows.column_names:
             raise UserError(f"dataset {source}: no column {column!r}; it has {', '.join(rows.column_names)}")
-        if str(rows.features[column].dtype) not in ("string", "large_string"):
-            raise UserError(f"dataset {source}: column {column!r} must be text, got {rows.features[column].dtype}")
+        kind = getattr(rows.features[column], "dtype", rows.features[column])
+        if str(kind) not in ("string", "large_string"):
+            raise UserError(f"dataset {source}: column {column!r} must be text, got {kind}")
         if nulls := rows.data.column(column).null_count:
             raise UserError(f"dataset {source}: column {column!r} is null in {nulls} of {len(rows)} rows")
 
@@ -273,7 +274,7 @@ def tokenise(
         for i, (_, response) in zip(indices, pairs, strict=True):
             if not response.strip():
                 raise UserError(f"row {i + 1} of the dataset: the response is empty")
-        prompts = tokenizer([p for p, _ in pairs], verbose=False)["input_ids"]
+        prompts = encode_prompts(tokenizer, [p for p, _ in pairs])
         texts = tokenizer([p + r for p, r in pairs], verbose=False)["input_ids"]
         out: dict[str, list] = {"input_ids": [], "labels": [], "trained": [], "cut": [], "left_out": []}
         for prompt, whole in zip(prompts, texts, strict=True):
@@ -282,8 +283,7 @@ def tokenise(
             cut = len(whole) > max_length
             ids = whole[:max_length]
             # The first token is never predicted: it is not trained even where the prompt is empty.
-            num_prompt = max(1, len(prompt) - (prompt[-1:] == [eos]))
-            labels = [IGNORE if i < num_prompt else t for i, t in enumerate(ids)]
+            labels = [IGNORE if i < max(1, len(prompt)) else t for i, t in enumerate(ids)]
             trained = sum(label != IGNORE for label in labels)
             out["input_ids"].append(ids)
             out["labels"].append(labels)
@@ -314,6 +314,13 @@ def tokenise(
     if len(examples) == 0:
         raise UserError(f"none of the {len(rows)} examples has a token to train on within max_length {max_length}")
     return examples
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    """Token ids of prompts that a response follows: without the EOS that some tokenizers add."""
+    ends = [tokenizer.eos_token_id]
+    encoded = tokenizer(prompts, verbose=False)["input_ids"] if prompts else []
+    return [ids[:-1] if ids[-1:] == ends else ids for ids in encoded]
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -13,12 +13,15 @@ import json
 import math
 import shutil
 import sys
+from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -33,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 import run_folder
 from config import EvalConfig, UserError, nearest, parse, run_main
-from data import load_rows
+from data import encode_prompts, load_rows
 from hub import from_pretrained, is_local
 from tasks import TASKS
 from tasks.task import Task
@@ -48,16 +51,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(config.output_dir)
     check_folder(config, folder, tasks)
     transformers_logging.set_verbosity_error()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    # Processes that are done wait for the slowest at the end of a task.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     try:
         with run_folder.lock(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            old_scores = run_folder.read_json(folder / SCORES) if (folder / SCORES).exists() else {}
             if not config.score_only:
                 generate_all(config, folder, tasks, accelerator)
             if not accelerator.is_main_process:
                 return {}
             scores = {name: score(folder, task) for name, (task, _) in tasks.items()}
-            old = json.loads((folder / SCORES).read_text()) if (folder / SCORES).exists() else {}
-            run_folder.write_json(folder / SCORES, {**old, **scores})
+            run_folder.write_json(folder / SCORES, {**old_scores, **scores})
             print_table(scores)
             return scores
     finally:
@@ -89,8 +94,7 @@ def choose_tasks(config: EvalConfig) -> dict[str, tuple[Task, str]]:
 
 def check_folder(config: EvalConfig, folder: Path, tasks: dict[str, tuple[Task, str]]) -> None:
     """What can be refused before anything is loaded."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder}: is a file, expected a folder")
+    run_folder.check_writable(folder)
     if config.score_only:
         for name in tasks:
             if not (folder / f"{name}.jsonl").exists():
@@ -126,24 +130,30 @@ def generate_all(
     with accelerator.local_main_process_first():
         items = {name: load_items(task, source, config.limit) for name, (task, source) in tasks.items()}
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
-    settings = {name: describe(config, task, source, items[name]) for name, (task, source) in tasks.items()}
+    prompts = {
+        name: encode_prompts(tokenizer, [task.prompt(item) for item in items[name]])
+        for name, (task, _) in tasks.items()
+    }
+    settings = {
+        name: describe(config, task, source, items[name], prompts[name]) for name, (task, source) in tasks.items()
+    }
     done = compare_settings(config, folder, settings, accelerator)
     model = None
     for name, (task, _) in tasks.items():
         if name in done:
             continue
         parts = folder / f"{name}.parts"
-        prompts = [tokenizer(task.prompt(item))["input_ids"] for item in items[name]]
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # longest first: memory fails early
+        ids = prompts[name]
+        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # longest first: memory fails early
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
         mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
         todo = [b for b in mine if not (parts / f"{b:06d}.jsonl").exists()]
         if todo and model is None:
             model = load_model(config, tokenizer, accelerator.device)
         for b in tqdm(todo, desc=name, unit="batch", disable=not accelerator.is_local_main_process):
-            completions = generate(model, tokenizer, [prompts[i] for i in batches[b]], task)
+            completions = generate(model, tokenizer, [ids[i] for i in batches[b]], task)
             lines = [
-                {"id": i, "item": items[name][i], "prompt": task.prompt(items[name][i]), "prompt_ids": prompts[i], **c}
+                {"id": i, "item": items[name][i], "prompt": task.prompt(items[name][i]), "prompt_ids": ids[i], **c}
                 for i, c in zip(batches[b], completions, strict=True)
             ]
             write_lines(parts / f"{b:06d}.jsonl", lines)
@@ -155,19 +165,22 @@ def generate_all(
         accelerator.wait_for_everyone()
 
 
-def describe(config: EvalConfig, task: Task, source: str, items: list[dict]) -> dict[str, Any]:
+def describe(
+    config: EvalConfig, task: Task, source: str, items: list[dict], prompts: list[list[int]]
+) -> dict[str, Any]:
     """What a completion depends on; stored, and compared when a folder is used again."""
-    weights = sorted(Path(config.model).glob("*.safetensors")) if is_local(config.model) else []
-    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights]
+    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]  # noqa: E731
+    files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
     return {
         "task": task.name,
         "protocol": task.protocol,
         "dataset": source or ":".join(task.hub),
-        "dataset_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16],
+        "dataset_sha256": digest(items),
+        "prompts_sha256": digest([prompts, task.stop]),
         "n": len(items),
         "limit": config.limit,
         "model": config.model,
-        "weights": hashlib.sha256(repr(stamps).encode()).hexdigest()[:16] if stamps else config.model,
+        "model_files": digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]),
         "tokenizer": config.tokenizer,
         "engine": "transformers.generate, greedy",
         "dtype": config.dtype,
@@ -179,19 +192,22 @@ def describe(config: EvalConfig, task: Task, source: str, items: list[dict]) -> 
 def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict], accelerator: Accelerator) -> set[str]:
     """Write settings.json, after a look at what is there; returns the tasks whose completions are complete."""
     path = folder / SETTINGS
-    old = json.loads(path.read_text()) if path.exists() else {}
-    changed = []
+    old = run_folder.read_json(path) if path.exists() else {}
+    changed = {}
     for name, new in settings.items():
-        if name in old:
-            changed += [f"{name}: {d}" for d in run_folder.differences(old[name], new, list(new))]
+        results = [folder / f"{name}.jsonl", folder / f"{name}.parts"]
+        if name in old and (differences := run_folder.differences(old[name], new, list(new))):
+            changed[name] = "; ".join(differences)
+        elif name not in old and any(p.exists() for p in results):
+            changed[name] = f"not known, {SETTINGS} has no entry"
     if changed and not config.overwrite:
-        raise UserError(f"{folder} holds results of other settings: {'; '.join(changed)} (--overwrite deletes them)")
+        listed = "; ".join(f"{name}: {what}" for name, what in changed.items())
+        raise UserError(f"{folder} holds results of other settings: {listed} (--overwrite deletes them)")
     accelerator.wait_for_everyone()  # all have read what is now written
     if accelerator.is_main_process:
-        if config.overwrite:
-            for name in settings:
-                shutil.rmtree(folder / f"{name}.parts", ignore_errors=True)
-                (folder / f"{name}.jsonl").unlink(missing_ok=True)
+        for name in changed:
+            shutil.rmtree(folder / f"{name}.parts", ignore_errors=True)
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
         for name in settings:
             (folder / f"{name}.parts").mkdir(parents=True, exist_ok=True)
         run_folder.write_json(path, {**old, **settings})
@@ -249,23 +265,24 @@ def generate(
         leaves no room in the context, and the completion is empty.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    fitting = [p for p in prompts if len(p) < context]
-    texts = iter(())
-    if fitting:
-        width = max(map(len, fitting))
-        pad, ends = model.generation_config.pad_token_id, set(model.generation_config.eos_token_id)
-        input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in fitting], device=model.device)
-        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in fitting], device=model.device)
+    room = [int(min(task.max_new_tokens, context - len(p))) for p in prompts]
+    pad, ends = model.generation_config.pad_token_id, set(model.generation_config.eos_token_id)
+    done: list[dict[str, Any]] = []
+    # Prompts with the same room for an answer go together, so that a long one does not cut the answers of the others.
+    for most, group in groupby(zip(room, prompts, strict=True), key=lambda pair: pair[0]):
+        group = [p for _, p in group]
+        if most <= 0:
+            done += [{"completion": "", "tokens": 0, "finish": "too_long"} for _ in group]
+            continue
+        width = max(map(len, group))
         out = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=int(min(task.max_new_tokens, context - width)),
+            input_ids=torch.tensor([[pad] * (width - len(p)) + p for p in group], device=model.device),
+            attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group], device=model.device),
+            max_new_tokens=most,
             stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, task.stop, width)]),
         )
-        texts = (
-            finish(tokenizer, p, row[width:], ends, task.stop) for p, row in zip(fitting, out.tolist(), strict=True)
-        )
-    return [next(texts) if len(p) < context else {"completion": "", "tokens": 0, "finish": "too_long"} for p in prompts]
+        done += [finish(tokenizer, p, row[width:], ends, task.stop) for p, row in zip(group, out.tolist(), strict=True)]
+    return done
 
 
 def finish(
@@ -295,7 +312,7 @@ def score(folder: Path, task: Task) -> dict[str, Any]:
     n, correct = len(lines), sum(line["correct"] for line in lines)
     mean = correct / n
     return {
-        **json.loads((folder / SETTINGS).read_text())[f"{task.name}.{task.protocol}"],
+        **run_folder.read_json(folder / SETTINGS).get(f"{task.name}.{task.protocol}", {"task": task.name}),
         "score": mean,
         "standard_error": math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None,  # of a mean of n verdicts
         "correct": correct,

@@ -115,10 +115,10 @@ def _histogram(keys: Tensor, shift: int, prefix: Tensor | None) -> Tensor:
     bins = 1 << _DIGIT_BITS
     digit = (keys >> shift) & (bins - 1)
     inside = None if prefix is None else (keys >> (shift + _DIGIT_BITS)) == prefix
-    if keys.device.type == "cpu":
-        return torch.bincount(digit if inside is None else digit[inside], minlength=bins)
     # On a GPU bincount and boolean indexing wait for the host; histc does not, and skips what is out of range. Its
-    # fp32 counts are exact up to 2**24, the size of a chunk.
+    # fp32 counts are exact up to 2**24, the size of a chunk. torch calls it nondeterministic, though a count is not.
+    if keys.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+        return torch.bincount(digit if inside is None else digit[inside], minlength=bins)
     digit = digit if inside is None else torch.where(inside, digit, -1)
     return torch.histc(digit.float(), bins=bins, min=0, max=bins).long()
 
@@ -224,7 +224,13 @@ class Masker:
         if scope not in ("tensor", "model"):
             raise ValueError(f"scope must be tensor or model; got {scope!r}")
         self.rule, self.keep_ratio, self.scope, self.seed = rule, keep_ratio, scope, seed
-        parameters = {re.sub(r"^((module|_orig_mod)\.)+", "", name): p for name, p in named_parameters}
+        parameters = dict(named_parameters)
+        for wrapper in ("module.", "_orig_mod.", "module."):  # DDP, torch.compile, in either order
+            if all(name.startswith(wrapper) for name in parameters):
+                parameters = {name.removeprefix(wrapper): p for name, p in parameters.items()}
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude must be a list of patterns, got the text {exclude!r}")
+        exclude = tuple(exclude)
         for pattern in exclude:
             if not fnmatch.filter(parameters, pattern):
                 raise ValueError(f"exclude pattern {pattern!r} matches none of the {len(parameters)} parameters")

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -20,21 +21,27 @@ import torch
 from config import UserError
 
 RUN, METRICS = "run.json", "metrics.jsonl"
+LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where a folder cannot be made or written to. Reads only."""
+    nearest_parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest_parent.is_dir():
+        raise UserError(f"output_dir {folder}: {nearest_parent} is a file, expected a folder")
+    if not os.access(nearest_parent, os.W_OK):
+        raise UserError(f"output_dir {folder}: {nearest_parent} is not writable")
 
 
 def check(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise UserError where a new or resumed run may not use this folder. Reads only: every process gets one answer."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder}: is a file, expected a folder")
-    nearest_parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(nearest_parent, os.W_OK):
-        raise UserError(f"output_dir {folder}: {nearest_parent} is not writable")
+    check_writable(folder)
     has_run = (folder / RUN).exists()
     if resume and not has_run:
         raise UserError(f"resume: {folder} holds no run; leave out --resume to start one")
     if has_run and not (resume or overwrite):
         raise UserError(f"output_dir {folder} already holds a run: go on with it (--resume) or delete it (--overwrite)")
-    if not has_run and folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+    if not has_run and folder.exists() and any(p.name not in LEFT_BY_A_FAILED_START for p in folder.iterdir()):
         raise UserError(f"output_dir {folder} is not empty and holds no run ({RUN}): choose another folder")
 
 
@@ -45,8 +52,12 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as f:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder / ".lock", "a+")  # noqa: SIM115  closed below
+    except OSError as e:
+        raise UserError(f"output_dir {folder}: cannot be made: {e.strerror}") from None
+    with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -59,7 +70,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run made in its folder.
+    """Delete what a run made in its folder, but for run.json, the mark of a run, which the next one replaces.
 
     Raises:
         UserError: the folder holds no run, or is a link, a home, the root or the working folder.
@@ -70,19 +81,33 @@ def clear(folder: Path) -> None:
         raise UserError(f"overwrite: {folder} is a link, a home, the root or the working folder: delete it by hand")
     for name in ("checkpoints", "final"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS, RUN):  # the mark of a run goes last: a deletion that was cut can be repeated
-        (folder / name).unlink(missing_ok=True)
+    (folder / METRICS).unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either the old or the new one, whatever happens."""
+    """Write JSON so that the file is either the old or the new one, whatever happens. Raises UserError on no space."""
     aside = path.with_name(path.name + ".aside")
-    with open(aside, "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=2, ensure_ascii=False)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    aside.replace(path)
+    try:
+        with open(aside, "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=2, ensure_ascii=False)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        aside.replace(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that a run left.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: missing or damaged ({' '.join(str(e).split())}); choose another output_dir") from None
 
 
 def environment() -> dict[str, Any]:
@@ -134,7 +159,12 @@ class Metrics:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  as long as the run
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        """Append a line; a number that is not finite is written as null, since JSON has no NaN."""
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.file.name} cannot be written: {e.strerror}") from None
 
 
 def _step(line: str) -> int | None:

@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import json
 import math
 import os
 import resource
@@ -70,12 +69,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     """The training run, top to bottom."""
     folder, say = Path(config.output_dir), accelerator.print
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed % 2**63)
 
     # --- data, model, masks, optimizer -------------------------------------------------------------------------------
-    if config.resume and checkpoint.is_complete(folder / "final"):
-        say(f"this run is finished: {folder / 'final'} is there")
-        return {}
     with accelerator.local_main_process_first():  # the others find its work in the cache
         tokenizer, examples, held_out = load_data(config)
     check_batches(config, len(examples), accelerator.num_processes)
@@ -111,7 +107,12 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         **run_folder.environment(),
         "processes": accelerator.num_processes,
     }
-    progress = open_folder(config, folder, description, accelerator)
+    progress = open_folder(config, folder, description, accelerator, optimizer)
+    if progress["step"] > total_steps:
+        raise UserError(f"resume: the checkpoint is of step {progress['step']}, this run ends after {total_steps}")
+    if config.resume and checkpoint.is_complete(folder / "final"):
+        say(f"this run is finished: {folder / 'final'} is there")
+        return {}
     metrics = run_folder.Metrics(folder, progress["step"]) if accelerator.is_main_process else None
     line: dict[str, Any] = {}
 
@@ -123,7 +124,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     )
     for step in range(progress["step"], total_steps):
         # dropout is a function of (seed, step, process): there is no generator state to save or restore
-        torch.manual_seed((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index)
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index) % 2**63)
         logged = (step + 1) % config.log_every == 0 or step + 1 == total_steps
         timer = Timer(accelerator.device if logged else None)
 
@@ -198,6 +199,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             }
             if not finite:
                 line["skipped_examples"] = ids.tolist()
+                bar.write(f"step {step + 1}: the gradient is not finite, the weights stay as they are")
             if metrics:
                 metrics.write(line)
         if config.save_every and (step + 1) % config.save_every == 0:
@@ -220,8 +222,15 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
 
 def check_paths(config: TrainConfig) -> None:
     """What can be refused before anything is loaded; every process comes to the same answer."""
-    run_folder.check(Path(config.output_dir), config.resume, config.overwrite)
+    folder = Path(config.output_dir)
+    run_folder.check(folder, config.resume, config.overwrite)
+    if config.resume:
+        refuse_changes(config, folder, {"config": asdict(config), **run_folder.environment()})
     data_files(config.dataset)
+    for name in ("model", "tokenizer", "dataset"):
+        inside = Path(getattr(config, name)).expanduser().resolve().is_relative_to(folder.resolve())
+        if config.overwrite and getattr(config, name) and inside:
+            raise UserError(f"overwrite would delete {name} {getattr(config, name)}: choose another output_dir")
     for name in ("model", "tokenizer"):
         path = getattr(config, name)
         if path and is_local(path) and not Path(path).is_dir():
@@ -229,6 +238,11 @@ def check_paths(config: TrainConfig) -> None:
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    for backend in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{backend}"):
+            raise UserError(
+                f"Accelerate is configured for {backend}, which is not supported yet: use DDP or one process"
+            )
     check_batches(config, None, int(os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -345,20 +359,37 @@ def lr_factor(config: TrainConfig, step: int, total_steps: int) -> float:
     return 1.0 - progress if config.lr_schedule == "linear" else 1.0
 
 
-def open_folder(config: TrainConfig, folder: Path, description: dict, accelerator: Accelerator) -> dict[str, Any]:
+def refuse_changes(config: TrainConfig, folder: Path, new: dict[str, Any]) -> None:
+    """Raise UserError where the run in `folder`, as it was last resumed, is not the one that `new` describes.
+
+    Compared is what both have of configuration, data and versions, so that an early call can do with less.
+    """
+    old = run_folder.read_json(folder / run_folder.RUN)
+    old = old.get("resumed", [old])[-1]
+    changed = []
+    for part in ("config", "data", "versions"):
+        names = [name for name in new.get(part, {}) if name not in FREE_TO_CHANGE]
+        changed += run_folder.differences(old[part], new.get(part, {}), names)
+    if changed and not config.resume_changed:
+        raise UserError(f"resume: not the run that {folder} holds: {'; '.join(changed)} (--resume_changed goes on)")
+
+
+def open_folder(
+    config: TrainConfig, folder: Path, description: dict, accelerator: Accelerator, optimizer
+) -> dict[str, Any]:
     """Write run.json, or compare it and load the latest checkpoint; returns step, tokens, skipped_steps."""
     progress = {"step": 0, "tokens": 0, "skipped_steps": 0}
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if config.resume:
-        old = json.loads((folder / run_folder.RUN).read_text())
-        keys = sorted(set(description["config"]) - FREE_TO_CHANGE)
-        changed = run_folder.differences(old["config"], description["config"], keys)
-        changed += run_folder.differences(old["data"], description["data"], list(description["data"]))
-        changed += run_folder.differences(old["versions"], description["versions"], list(description["versions"]))
-        if changed and not config.resume_changed:
-            raise UserError(f"resume: not the run that {folder} holds: {'; '.join(changed)} (--resume_changed goes on)")
+        refuse_changes(config, folder, description)
+        if checkpoint.is_complete(folder / "final"):
+            return progress
         source = checkpoint.latest(folder / "checkpoints")
         progress = checkpoint.load(accelerator, source)
+        for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
+            group.update(hyperparameters)  # those of this configuration, should it have been changed
         accelerator.print(f"resumed from {source}")
+        old = run_folder.read_json(folder / run_folder.RUN)
         description = {**old, "resumed": [*old.get("resumed", []), {"step": progress["step"], **description}]}
     accelerator.wait_for_everyone()  # all have read what is now written or deleted
     if accelerator.is_main_process:

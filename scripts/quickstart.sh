@@ -15,6 +15,7 @@ train() {
     local run=$1; shift
     if finished "$run"; then echo "== $run is there"; return; fi
     echo "== training $run"
+    if [ "$run" = $out/base ]; then rm -rf $out/{none,rmt,hft,gmt}; fi # they were fine-tuned from another base
     if compgen -G "$run/checkpoints/step_*/COMPLETED" >/dev/null; then
         launch train.py "$@" --output_dir "$run" --resume
     elif [ -f "$run/run.json" ]; then
@@ -23,10 +24,10 @@ train() {
         launch train.py "$@" --output_dir "$run"
     fi
 }
-score() { # score MODEL DIR: completions that are there are kept
-    if [ -f "$2/scores.json" ]; then echo "== $2 is there"; return; fi
+score() { # score MODEL DIR: completions of this very model are kept
+    if [ "$2/scores.json" -nt "$1/COMPLETED" ]; then echo "== $2 is there"; return; fi
     echo "== scoring $1"
-    launch eval.py --config configs/quickstart_eval.yaml --model "$1" --output_dir "$2"
+    launch eval.py --config configs/quickstart_eval.yaml --model "$1" --output_dir "$2" --overwrite # of another model
 }
 
 if [ ! -f $out/random_model/COMPLETED ]; then

@@ -2,14 +2,14 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -f .venv/bin/activate ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none, or a cut one
         for python in python3 python3.13 python3.12 python3.11; do
             "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
             python=
         done
         [ -n "$python" ] || { echo "Python 3.11 or newer is needed; install it (with its venv module) and try again" >&2; exit 2; }
         echo "making a virtual environment in .venv"
-        "$python" -m venv .venv || { rm -rf .venv; echo "$python has no venv module (Debian: apt install python3-venv)" >&2; exit 2; }
+        "$python" -m venv --clear .venv || { rm -rf .venv; echo "$python has no venv module (Debian: apt install python3-venv)" >&2; exit 2; }
     fi
     source .venv/bin/activate
 fi

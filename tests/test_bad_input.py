@@ -175,6 +175,7 @@ def test_gzip_array_parquet_and_folder(run, tmp_path):
     pandas.DataFrame([{"query": "q", "response": None}, {"query": "q", "response": "r"}]).to_parquet(
         tmp_path / "n.parquet"
     )
+    pandas.DataFrame([{"query": ["q"], "response": "r"}]).to_parquet(tmp_path / "l.parquet")
     for name, message in {
         "cut.jsonl.gz": "cut.jsonl.gz: not a complete gzip file after line",
         "not.jsonl.gz": "not a complete gzip file",
@@ -182,6 +183,7 @@ def test_gzip_array_parquet_and_folder(run, tmp_path):
         "item.json": "item.json, item 2: no column 'response'",
         "bad.parquet": "bad.parquet: cannot be read",
         "n.parquet": "column 'response' is null in 1 of 2 rows",
+        "l.parquet": "column 'query' must be text, got List",
         "empty": "the folder holds no .jsonl",
         "rows.csv": "expected a file that ends in .jsonl",
     }.items():
@@ -245,6 +247,31 @@ def test_overwrite_deletes_only_what_a_run_made(run, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
+def test_overwrite_never_deletes_what_the_run_starts_from(run, tmp_path):
+    run(max_steps=1)
+    with pytest.raises(UserError, match="overwrite would delete model"):
+        run(model=tmp_path / "run" / "final", overwrite="true")
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_folders_that_cannot_be_made_and_damaged_files(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file, expected a folder"):
+        run(output_dir=tmp_path / "file" / "x")
+    with pytest.raises(UserError, match="output_dir /proc/x: "):
+        run(output_dir="/proc/x")
+    run(max_steps=1, seed=10**30)  # any seed
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match="run.json: missing or damaged"):
+        run(max_steps=1, resume="true")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "run.json.aside").write_text("{")
+    run(max_steps=1, output_dir=tmp_path / "half")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DEEPSPEED, which is not supported yet"):
+        run(max_steps=1, output_dir=tmp_path / "ds")
+
+
 def test_a_folder_in_use_is_refused(run, tmp_path):
     with run_folder.lock(tmp_path / "run"), pytest.raises(UserError, match=r"is in use by process \d+ on "):
         run()
@@ -272,7 +299,9 @@ def test_eval(tmp_path, model_dir, monkeypatch):
         ({"model": "/no/such"}, "model /no/such: no such folder, or no config.json in it"),
         ({"model": tmp_path / "empty"}, "no config.json in it"),
         ({"model": None}, r"missing: --model \(only --score_only goes without\)"),
-        ({"score_only": "true"}, "score_only: .* holds no gsm8k.metamath.jsonl"),
+        ({"score_only": "true"}, "score_only scores what is in output_dir: model has no meaning with it"),
+        ({"score_only": "true", "model": None}, "write gsm8k=.* without the file"),
+        ({"score_only": "true", "model": None, "tasks": "gsm8k"}, "score_only: .* holds no gsm8k.metamath.jsonl"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"output_dir": good}, "is a file, expected a folder"),
     ):

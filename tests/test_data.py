@@ -29,6 +29,8 @@ def test_metamath_template_to_the_letter():
         "\n\n### Instruction:\nWhat is 1+1?\n\n### Response:"
     )
     prompt, _ = data.metamath({"query": "Add these.\n1 {x}\n2", "response": "3"})
+    # as in the original, an input that is empty is none
+    assert "### Input" not in data.metamath({"query": "a\n", "response": ""})[0]
     assert prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request."

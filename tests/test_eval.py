@@ -264,8 +264,57 @@ def test_other_settings_over_old_results_are_refused(tmp_path, model_dir):
     again = make_model(tmp_path / "again", seed=2)
     evaluation.main(args(tmp_path, again, out="e2"))
     make_model(tmp_path / "again", seed=3)
-    with pytest.raises(UserError, match="weights:"):
+    with pytest.raises(UserError, match="model_files:"):
         evaluation.main(args(tmp_path, again, out="e2"))
+
+
+def test_nothing_stale_is_reused(tmp_path, monkeypatch):
+    """Another prompt, another tokenizer, weights in another format, no record of the settings: all are refused."""
+    import dataclasses
+
+    items_file(tmp_path, 3)
+    model = make_model(tmp_path / "m")
+    evaluation.main(args(tmp_path, model))
+    other = dataclasses.replace(TASKS["gsm8k"], prompt=lambda item: item["question"])
+    with monkeypatch.context() as m, pytest.raises(UserError, match="prompts_sha256"):
+        m.setitem(TASKS, "gsm8k", other)
+        evaluation.main(args(tmp_path, model))
+    (model / "pytorch_model.bin").write_bytes(b"new")
+    with pytest.raises(UserError, match="model_files"):
+        evaluation.main(args(tmp_path, model))
+    (model / "pytorch_model.bin").unlink()
+    evaluation.main(args(tmp_path, model))
+    (tmp_path / "eval" / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"gsm8k.metamath: not known, settings.json has no entry"):
+        evaluation.main(args(tmp_path, model))
+    (tmp_path / "eval" / "settings.json").write_text("{cut")
+    with pytest.raises(UserError, match="settings.json: missing or damaged"):
+        evaluation.main(args(tmp_path, model))
+
+
+def test_a_tokenizer_that_adds_eos_does_not_end_the_prompt(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    items_file(tmp_path, 1)
+    model = make_model(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ends = [("<bos>", 0), ("<eos>", 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+    tokenizer.save_pretrained(model)
+    evaluation.main(args(tmp_path, model))
+    ids = stored(tmp_path / "eval")[0]["prompt_ids"]
+    assert ids[0] == 0 and ids.count(0) == 1 and 1 not in ids
+
+
+def test_a_long_prompt_does_not_cut_the_answers_of_its_batch(tmp_path):
+    model = make_model(tmp_path / "m", max_position_embeddings=220)
+    rows = [{"question": "x" * n, "answer": "#### 1"} for n in (1, 45, 45, 2)]  # room for all 24 tokens, or for 5
+    write_rows(tmp_path / "items.jsonl", rows)
+    evaluation.main(args(tmp_path, model, "--batch_size", "4"))
+    evaluation.main(args(tmp_path, model, "--batch_size", "1", out="single"))
+    together, alone = stored(tmp_path / "eval"), stored(tmp_path / "single")
+    assert together == alone and [line["finish"] for line in alone] == ["length"] * 4
+    assert alone[0]["tokens"] == alone[3]["tokens"] == 24 > alone[1]["tokens"] == alone[2]["tokens"] > 0
 
 
 def test_data_dir_holds_a_copy_of_each_benchmark(tmp_path, model_dir):

@@ -160,6 +160,18 @@ def test_exclude_and_mask_vectors():
         gmt.Masker(model.named_parameters(), "gmt", 0.5, exclude=["emb"])
 
 
+def test_exclude_takes_any_iterable_but_no_text():
+    model = model_with_grads()
+    assert not gmt.Masker(model.named_parameters(), "gmt", 0.5, exclude=(p for p in ["*"])).eligible
+    with pytest.raises(ValueError, match="list of patterns, got the text '\\*'"):
+        gmt.Masker(model.named_parameters(), "gmt", 0.5, exclude="*")
+
+
+def test_names_stay_apart():
+    parameters = [("weight", nn.Parameter(torch.zeros(2, 2))), ("module.weight", nn.Parameter(torch.zeros(2, 2)))]
+    assert gmt.Masker(parameters, "gmt", 0.5).eligible.keys() == {"weight", "module.weight"}
+
+
 def test_stack_of_matrices_has_a_threshold_each():
     p = nn.Parameter(torch.zeros(4, 10, 20))
     p.grad = torch.randn(4, 10, 20) * torch.tensor([1.0, 10, 100, 1000]).view(4, 1, 1)

@@ -16,7 +16,7 @@ from conftest import ROOT, python, write_rows
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """What git knows of the repository (or what is new in it), without outputs, in a folder with a space in its name."""
+    """What git knows of the repository (or what is new in it), without outputs, in a folder with a space in it."""
     folder = tmp_path / "a clone"
     names = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],

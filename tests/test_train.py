@@ -204,17 +204,41 @@ def test_resume_with_dropout_is_bitwise(tmp_path, train_args, monkeypatch):
 
 
 def test_resume_refuses_another_run_and_lists_the_differences(tmp_path, train_args, rows_file):
-    train.main(train_args(tmp_path / "run", "--save_every", "3"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(rows_file.read_bytes())
+    words = [*train_args(tmp_path / "run"), "--dataset", str(rows), "--save_every", "3"]
+    train.main(words)
     for p in (tmp_path / "run" / "final").iterdir():
         p.unlink()
     with pytest.raises(UserError, match=r"learning_rate: 0.001 -> 0.01; seed: 0 -> 3 "):
-        train.main(train_args(tmp_path / "run", "--resume", "--learning_rate", "1e-2", "--seed", "3"))
-    other = write_rows(tmp_path / "rows.jsonl", [{"query": "q", "response": "r"}] * 70)
-    other_args = [str(other) if a == str(rows_file) else a for a in train_args(tmp_path / "run", "--resume")]
-    with pytest.raises(UserError, match=r"dataset: .*fingerprint: '\w+' -> '\w+'"):
-        train.main(other_args)
-    train.main([*other_args, "--resume_changed"])
+        train.main([*words, "--resume", "--learning_rate", "1e-2", "--seed", "3"])
+    write_rows(rows, [{"query": "q", "response": "r"}] * 70)
+    with pytest.raises(UserError, match=r"holds: fingerprint: '\w+' -> '\w+' \(--resume_changed goes on\)"):
+        train.main([*words, "--resume"])
+    train.main([*words, "--resume", "--resume_changed"])
     assert read_metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_resume_changed_means_the_new_settings(tmp_path, train_args, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(Crash):
+        crash_after(m, 5)
+        train.main(train_args(tmp_path / "run", "--save_every", "4"))
+    changed = ["--save_every", "4", "--resume", "--resume_changed", "--weight_decay", "0.5", "--adam_beta1", "0.5"]
+    seen, deal = [], train.deal
+
+    def look(config, examples, ids, accelerator):
+        seen.append(accelerator._optimizers[0].param_groups[0].copy())
+        return deal(config, examples, ids, accelerator)
+
+    with monkeypatch.context() as m, pytest.raises(Crash):
+        m.setattr(train, "deal", look)
+        crash_after(m, 9)
+        train.main(train_args(tmp_path / "run", *changed))
+    assert {(g["weight_decay"], g["betas"]) for g in seen} == {(0.5, (0.5, 0.999))} and len(seen) == 5
+    with pytest.raises(UserError, match=r"adam_beta1: 0.5 -> 0.9; weight_decay: 0.5 -> 0.0|weight_decay: 0.5 -> 0.0"):
+        train.main(train_args(tmp_path / "run", "--save_every", "4", "--resume"))  # it is the changed run now
+    with pytest.raises(UserError, match="the checkpoint is of step 8, this run ends after 5"):
+        train.main(train_args(tmp_path / "run", *changed, "--epochs", "1"))
 
 
 def test_resume_of_a_finished_run_does_nothing(tmp_path, train_args):
@@ -222,6 +246,8 @@ def test_resume_of_a_finished_run_does_nothing(tmp_path, train_args):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert train.main(train_args(tmp_path / "run", "--save_every", "3", "--resume")) == {}
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="epochs: 2 -> 9"):
+        train.main(train_args(tmp_path / "run", "--resume", "--epochs", "9"))
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, train_args, monkeypatch):
