@@ -63,7 +63,9 @@ class TrainConfig:
     rule: str = key("gmt", "which weights are updated: gmt, rmt, hft, none (plain SFT), or one added to gmt.py")
     keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; not for hft and none")
     scope: Literal["tensor", "model"] = key("tensor", "one threshold per matrix, or one over all of them")
-    masked_weights: Literal["momentum"] = key("momentum", "a masked weight's gradient is 0; its moments still move it")
+    masked_weights: Literal["momentum", "frozen"] = key(
+        "momentum", "momentum: a masked weight's gradient is 0, its moments still move it; frozen: nothing changes"
+    )
     exclude: list[str] = key([], "patterns of parameter names that are not masked, e.g. '*embed_tokens*'")
     mask_vectors: bool = key(False, "mask 1-D tensors (norms, biases) too")
 
@@ -107,7 +109,7 @@ class TrainConfig:
             raise UserError(f"rule {self.rule} needs keep_ratio, the fraction of entries kept, in (0, 1]")
         if masks and not 0 < self.keep_ratio <= 1:
             raise UserError(f"keep_ratio is the fraction of entries kept and must be in (0, 1], got {self.keep_ratio}")
-        for name in ("keep_ratio", "scope", "exclude", "mask_vectors"):
+        for name in ("keep_ratio", "scope", "masked_weights", "exclude", "mask_vectors"):
             default = next(_default(f) for f in dataclasses.fields(self) if f.name == name)
             if not masks and getattr(self, name) != default:
                 raise UserError(f"{name} has no meaning for rule {self.rule}: leave it out (or use rule gmt or rmt)")

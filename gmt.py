@@ -23,6 +23,7 @@ the optimizer is built, see `freeze_half`.
 """
 
 import fnmatch
+import functools
 import random
 import re
 import zlib
@@ -41,6 +42,7 @@ _INTEGER_OF = {
 }
 _DIGIT_BITS = 16  # a histogram has at most 2**16 bins; a key of 31 bits takes two passes
 _SORT_BELOW = 1 << 16  # entries; on a CPU kthvalue beats two histograms there, and is as exact
+_SHARDED_BUCKET = 16  # matrices whose histograms (0.5 MiB each) share a collective
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # entries per chunk: the CPU's cache; enough work for a GPU
 
 
@@ -123,37 +125,48 @@ def _histogram(keys: Tensor, shift: int, prefix: Tensor | None) -> Tensor:
     return torch.histc(digit.float(), bins=bins, min=0, max=bins).long()
 
 
-def kth_largest_key(chunks: Callable[[], Iterable[Tensor]], k: int) -> Tensor:
-    """The k-th largest of non-negative integer keys, exactly: radix selection from the highest 16-bit digit down.
+def kth_largest_keys(
+    sources: list[Callable[[], Iterable[Tensor]]],
+    ks: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    all_reduce: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """For each of several sets of keys its k-th largest, exactly: radix selection from the highest 16-bit digit down.
+
+    Counts add: over chunks, and, by all_reduce, over the shards of a matrix. So a process needs only its own part.
 
     Args:
-        chunks: a function; each call goes through all the keys once, in non-empty 1-D chunks of one int dtype.
-        k: 1 <= k <= number of keys.
+        sources: functions; each call goes through this process's keys of one set once, in 1-D chunks.
+        ks: 1 <= k <= number of keys of the set, over all processes.
+        dtype: integer dtype of the keys, which are >= 0.
+        all_reduce: sums an int64 tensor over the processes that hold the other parts, in place; None: there are none.
     Returns:
-        0-d int64 on the keys' device, found without waiting for the device.
+        (len(ks),) int64 on `device`, found without waiting for it. One all_reduce a digit serves all the sets.
     """
-    prefix = None  # the digits found so far
-    digits_done = 0
-    while True:
-        digits_done += 1
-        counts = 0
-        for keys in chunks():
-            shift = 8 * keys.element_size() - _DIGIT_BITS * digits_done
-            counts = counts + _histogram(keys, shift, prefix)
+    k = torch.tensor(ks, device=device)
+    prefix = torch.zeros_like(k)  # the digits found so far
+    top = torch.iinfo(dtype).bits - _DIGIT_BITS
+    for shift in range(top, -1, -_DIGIT_BITS):
+        counts = torch.zeros(len(ks), 1 << _DIGIT_BITS, dtype=torch.int64, device=device)
+        for row, source, p in zip(counts, sources, prefix, strict=True):
+            for keys in source():
+                row += _histogram(keys, shift, None if shift == top else p)
+        if all_reduce:
+            all_reduce(counts)
         # how many have this digit or a larger one: the k-th largest has the last digit for which that is enough
-        at_or_above = counts.flip(0).cumsum(0).flip(0)
-        digit = (at_or_above >= k).sum() - 1
-        k = k - (at_or_above[digit] - counts[digit])  # its rank among the keys that share its digits so far
-        prefix = digit if prefix is None else (prefix << _DIGIT_BITS) | digit
-        if shift == 0:
-            return prefix
+        at_or_above = counts.flip(1).cumsum(1).flip(1)
+        digit = (at_or_above >= k.unsqueeze(1)).sum(1, keepdim=True) - 1
+        k = k - (at_or_above.gather(1, digit) - counts.gather(1, digit)).squeeze(1)  # rank among those that share it
+        prefix = (prefix << _DIGIT_BITS) | digit.squeeze(1)
+    return prefix
 
 
-def _threshold(chunks: Callable[[], Iterable[Tensor]], n: int, k: int) -> Tensor:
-    """The k-th largest of n keys, by the faster of two exact ways."""
-    if n < _SORT_BELOW and (keys := torch.cat(list(chunks()))).device.type == "cpu":
-        return keys.kthvalue(n - k + 1).values
-    return kth_largest_key(chunks, k)
+def _kth_largest_key(source: Callable[[], Iterable[Tensor]], n: int, k: int, dtype: torch.dtype, device) -> Tensor:
+    """The k-th largest of n keys of this process, by the faster of two exact ways."""
+    if n < _SORT_BELOW and device.type == "cpu":
+        return torch.cat(list(source())).kthvalue(n - k + 1).values
+    return kth_largest_keys([source], [k], dtype, device)[0]
 
 
 def _is_kept(scores: Tensor, threshold: Tensor) -> Tensor:
@@ -176,8 +189,14 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     if not 1 <= k <= scores.numel():
         raise ValueError(f"k must be between 1 and the {scores.numel()} entries of the tensor, got {k}")
-    chunks = lambda: (magnitude_keys(c.reshape(-1)) for m in _matrices(scores) for _, c in _row_chunks(m))  # noqa: E731
-    return _is_kept(scores, _threshold(chunks, scores.numel(), k))
+
+    def keys() -> Iterator[Tensor]:
+        for matrix in _split("", scores, scores, scores.shape, 0):
+            for _, chunk in _row_chunks(matrix.grad):
+                yield magnitude_keys(chunk.reshape(-1))
+
+    dtype = magnitude_keys(scores.reshape(-1)[:0]).dtype
+    return _is_kept(scores, _kth_largest_key(keys, scores.numel(), k, dtype, scores.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,8 +219,9 @@ class Masker:
     Raises:
         ValueError: an argument has no meaning, or a pattern of `exclude` matches no parameter.
 
-    What zeroing a gradient means under AdamW (`masked_weights: momentum`): the moments of a masked entry decay, and
-    still move its weight.
+    What "masked" means under AdamW is a choice. `mask_gradients` is `masked_weights: momentum`: the optimizer sees
+    M * G, so the moments of a masked entry decay, and still move its weight. `step` is `masked_weights: frozen`: where
+    M = 0 nothing changes at this step.
     """
 
     def __init__(
@@ -242,6 +262,9 @@ class Masker:
     def mask_gradients(self, step: int, *, stats: bool = False, check_finite: bool = True) -> dict[str, float] | None:
         """Zero the gradient entries that the rule does not keep. Parameters without a gradient are skipped.
 
+        Gradients that FSDP2 shards (DTensors, Shard(0), also with replicas) get the mask of the whole matrix, from
+        all-reduced counts; every process of the mesh has to make the call.
+
         Args:
             step: the optimizer step, from 0: the random rules draw anew at each.
             stats: return the statistics below; costs two reads of the gradients and one wait for the device.
@@ -252,60 +275,143 @@ class Masker:
             than 0), energy_kept (share of the squared norm of the eligible gradients; None where gradients of frozen
             weights are not known).
         Raises:
-            ValueError: a gradient is not finite (the parameter is named), sparse, or sharded.
+            ValueError: a gradient is not finite (the parameter is named), sparse, or laid out in another way.
         """
-        grads = {n: p.grad for n, p in self.eligible.items() if p.grad is not None and p.grad.numel()}
-        for name, grad in grads.items():
-            if grad.layout != torch.strided or hasattr(grad, "to_local"):
-                kind = "sharded" if hasattr(grad, "to_local") else "sparse"
-                raise ValueError(f"the gradient of {name} is {kind}: not supported, a mask needs the whole matrix")
-        if check_finite and grads:
-            _raise_if_not_finite(grads)
+        matrices, all_reduce = self._matrices()
+        if check_finite and matrices:
+            _raise_if_not_finite(matrices, all_reduce)
+        before = _totals(matrices) if stats else None
+        kept = 0
+        for unit, threshold in self._thresholds(matrices, all_reduce, step):
+            for matrix in unit:
+                for g, scores in self._scored(matrix, step):
+                    mask = _is_kept(scores, threshold).view_as(g)
+                    g.mul_(mask)
+                    if stats:
+                        kept = kept + mask.sum()
+        return self._statistics(before, _totals(matrices), kept, all_reduce) if stats else None
 
-        before = _totals(grads.values()) if stats else None
-        kept = None
-        if self.rule in SCORES and grads:
-            kept = sum(self._mask_group(group, step, count=stats) for group in self._groups(grads))
-        if not stats:
-            return None
-        if kept is None:  # nothing is masked: what has a gradient is kept
-            kept = sum(g.numel() for g in grads.values())
+    @torch.no_grad()
+    def step(
+        self, optimizer: torch.optim.Optimizer, step: int, *, stats: bool = False, check_finite: bool = True
+    ) -> dict[str, float] | None:
+        """`masked_weights: frozen`: mask, and update so that where M = 0 weight, moments and decay stay as they are.
+
+        Call it instead of mask_gradients and optimizer.step(). The optimizer steps one parameter at a time; what it did
+        to masked entries is taken back, at the price of a copy of that parameter's weight and moments. Selected
+        entries get exactly the optimizer's update. Adam counts steps per tensor: its bias correction for an entry that
+        is first selected at a late step is that of the late step, so that such an entry moves by up to
+        (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate. Quantised (uint8) moments share block scales and
+        are not taken back: of 8-bit optimizers only the weights are frozen.
+
+        Args and Returns: as mask_gradients; the optimizer may be any torch one whose state is tensors of the weight's
+        shape. Parameters that are not eligible are updated as always.
+        """
+        matrices, all_reduce = self._matrices()
+        if check_finite and matrices:
+            _raise_if_not_finite(matrices, all_reduce)
+        before = _totals(matrices) if stats else None
+        thresholds = defaultdict(list)
+        for unit, threshold in self._thresholds(matrices, all_reduce, step):
+            for matrix in unit:
+                thresholds[matrix.name].append((matrix, threshold))
+        names = {id(p): name for name, p in self.eligible.items()}
+        kept = torch.zeros((), device=matrices[0].grad.device) if matrices else 0
+        groups = [(group, group["params"]) for group in optimizer.param_groups]
+        try:
+            for group, _ in groups:
+                group["params"] = []
+            for group, parameters in groups:
+                for p in parameters:
+                    group["params"] = [p]
+                    if p.grad is not None and thresholds[names.get(id(p))]:
+                        keep = torch.cat([self._apply(m, t, step).flatten() for m, t in thresholds[names[id(p)]]])
+                        kept = kept + keep.sum()
+                        _step_where(optimizer, p, keep)
+                    elif p.grad is not None:
+                        optimizer.step()
+                group["params"] = []
+        finally:
+            for group, parameters in groups:
+                group["params"] = parameters
+        return self._statistics(before, _totals(matrices), kept, all_reduce) if stats else None
+
+    def _apply(self, matrix: "_Matrix", threshold: Tensor, step: int) -> Tensor:
+        """Mask one matrix's gradient in place; returns its mask, a bool tensor of the same shape."""
+        mask = torch.empty_like(matrix.grad, dtype=torch.bool)
+        for (_, part), (g, scores) in zip(_row_chunks(mask), self._scored(matrix, step), strict=True):
+            part.copy_(_is_kept(scores, threshold).view_as(g))
+            g.mul_(part)
+        return mask
+
+    def _matrices(self) -> tuple[list["_Matrix"], Callable[[Tensor], object] | None]:
+        """This process's parts of all eligible gradients, matrix by matrix, and the sum over the other parts."""
+        matrices, groups = [], {}
+        for name, p in self.eligible.items():
+            if p.grad is None or p.grad.numel() == 0:
+                continue
+            if p.grad.layout != torch.strided:
+                raise ValueError(f"the gradient of {name} is sparse: not supported, a mask needs the whole matrix")
+            grad, weight, first_row, group = _local(name, p.grad, p.detach())
+            groups[group] = name
+            matrices += _split(name, grad, weight, p.shape, first_row)
+        if len(groups) > 1:
+            raise ValueError(
+                f"gradients are sharded in {len(groups)} different ways, e.g. {', '.join(groups.values())}"
+            )
+        group = next(iter(groups), None)
+        return matrices, (lambda t: torch.distributed.all_reduce(t, group=group)) if group is not None else None
+
+    def _thresholds(
+        self, matrices: list["_Matrix"], all_reduce: Callable[[Tensor], object] | None, step: int
+    ) -> Iterator[tuple[list["_Matrix"], Tensor]]:
+        """(the matrices that share a threshold, the threshold as a key)."""
+        if self.rule not in SCORES or not matrices:
+            return
+        if self.scope == "model" and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
+            raise ValueError(f"scope model compares entries of all matrices: their gradients have dtypes {dtypes}")
+        units = [matrices] if self.scope == "model" else [[m] for m in matrices]
+        size = 1 if all_reduce is None else _SHARDED_BUCKET  # together they share a collective
+        for bucket in (units[i : i + size] for i in range(0, len(units), size)):
+            numbers = [sum(m.numel for m in unit) for unit in bucket]
+            ks = [keep_count(n, self.keep_ratio) for n in numbers]
+            sources = [functools.partial(self._keys, unit, step) for unit in bucket]
+            first = bucket[0][0]
+            empty = Entries(first.grad[:0].reshape(-1), first.weight[:0].reshape(-1), 0, 0)
+            dtype = magnitude_keys(SCORES[self.rule](empty)).dtype
+            if all_reduce is None:
+                found = [_kth_largest_key(sources[0], numbers[0], ks[0], dtype, first.grad.device)]
+            else:
+                found = kth_largest_keys(sources, ks, dtype, first.grad.device, all_reduce)
+            yield from zip(bucket, found, strict=True)
+
+    def _scored(self, m: "_Matrix", step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(a chunk of the gradient, a view; its scores, flat)."""
+        seed = _mix64(_mix64(_mix64(self.seed) ^ step) ^ zlib.crc32(m.name.encode()))
+        for (offset, g), (_, w) in zip(_row_chunks(m.grad), _row_chunks(m.weight), strict=True):
+            yield g, SCORES[self.rule](Entries(g.reshape(-1), w.reshape(-1), m.offset + offset, seed))
+
+    def _keys(self, unit: list["_Matrix"], step: int) -> Iterator[Tensor]:
+        for matrix in unit:
+            for _, scores in self._scored(matrix, step):
+                yield magnitude_keys(scores)
+
+    def _statistics(self, before: Tensor, after: Tensor, kept, all_reduce) -> dict[str, float]:
         eligible = sum(p.numel() for p in self.eligible.values())
-        (nonzero, energy), (nonzero_after, energy_after) = (t.tolist() for t in (before, _totals(grads.values())))
+        if self.rule not in SCORES:  # nothing is masked: what has a gradient is kept
+            kept = sum(p.numel() for p in self.eligible.values() if p.grad is not None)
+        totals = torch.cat([before, after, before.new_tensor([float(kept)])])
+        if all_reduce:
+            all_reduce(totals)
+            if self.rule not in SCORES:
+                totals[4] = kept
+        nonzero, energy, nonzero_after, energy_after, kept = totals.tolist()
         some_frozen = any(not p.requires_grad for p in self.eligible.values())
         return {
-            "kept_fraction": float(kept) / max(eligible, 1),
+            "kept_fraction": kept / max(eligible, 1),
             "kept_nonzero_fraction": nonzero_after / max(nonzero, 1),
             "energy_kept": None if some_frozen else energy_after / energy if energy else 1.0,
         }
-
-    def _groups(self, grads: dict[str, Tensor]) -> Iterator[list[tuple[str, int, Tensor, Tensor]]]:
-        """The sets of matrices that share a threshold: lists of (name, offset in the tensor, gradient, weight)."""
-        matrices = [
-            (name, i * g.numel(), g, w)
-            for name, grad in grads.items()
-            for i, (g, w) in enumerate(zip(_matrices(grad), _matrices(self.eligible[name]), strict=True))
-        ]
-        if self.scope == "model" and len(dtypes := {g.dtype for g in grads.values()}) > 1:
-            raise ValueError(f"scope model compares entries of all matrices: their gradients have dtypes {dtypes}")
-        yield from [matrices] if self.scope == "model" else ([m] for m in matrices)
-
-    def _mask_group(self, group: list[tuple[str, int, Tensor, Tensor]], step: int, count: bool) -> Tensor | int:
-        def scored() -> Iterator[tuple[Tensor, Tensor]]:  # (a chunk of a gradient, its scores), of all the matrices
-            for name, base, grad, weight in group:
-                seed = _mix64(_mix64(_mix64(self.seed) ^ step) ^ zlib.crc32(name.encode()))
-                for (offset, g), (_, w) in zip(_row_chunks(grad), _row_chunks(weight), strict=True):
-                    yield g, SCORES[self.rule](Entries(g.reshape(-1), w.reshape(-1), base + offset, seed))
-
-        n = sum(grad.numel() for _, _, grad, _ in group)
-        threshold = _threshold(lambda: (magnitude_keys(s) for _, s in scored()), n, keep_count(n, self.keep_ratio))
-        kept = 0
-        for g, scores in scored():
-            mask = _is_kept(scores, threshold).view_as(g)
-            g.mul_(mask)
-            if count:
-                kept = kept + mask.sum()
-        return kept
 
     def summary(self) -> str:
         """What is masked, for people: eligible tensors grouped by shape, and their share of all parameters."""
@@ -325,13 +431,80 @@ class Masker:
         return "\n".join(lines)
 
 
-def _matrices(tensor: Tensor) -> Iterator[Tensor]:
-    """2-D views: a tensor of more dimensions is a stack of matrices, one of fewer is a column."""
+def _step_where(optimizer: torch.optim.Optimizer, p: nn.Parameter, keep: Tensor) -> None:
+    """Step an optimizer that holds one parameter; undo it where the flat mask `keep` is False."""
+    local = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
+    moments = lambda: {  # noqa: E731
+        name: local(t)
+        for name, t in optimizer.state[p].items()
+        if isinstance(t, Tensor) and t.shape == p.shape and t.is_floating_point()
+    }
+    weight = local(p.data)
+    before = {name: t.clone() for name, t in moments().items()}
+    weight_before = weight.clone()
+    optimizer.step()
+    keep = keep.view_as(weight)
+    weight.copy_(torch.where(keep, weight, weight_before))
+    for name, t in moments().items():
+        t.copy_(torch.where(keep, t, before.get(name, torch.zeros_like(t))))  # before the first step moments are 0
+
+
+class _Matrix(NamedTuple):
+    """One matrix, or, under sharding, this process's rows of it (maybe none)."""
+
+    name: str  # of the parameter
+    offset: int  # place of the first of these entries in the whole tensor
+    numel: int  # entries of the whole matrix
+    grad: Tensor  # (rows, columns)
+    weight: Tensor  # (rows, columns)
+
+
+def _local(name: str, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int, object]:
+    """(gradient, weight, index of the first row, process group of the shards or None) of what this process holds.
+
+    FSDP2 cuts dimension 0 as torch.chunk does, and may hold replicas of the shards on other dimensions of the mesh.
+    """
+    if not hasattr(grad, "to_local"):
+        return grad, weight, 0, None
+    from torch.distributed.tensor import Replicate, Shard
+
+    dims = [i for i, placement in enumerate(grad.placements) if not isinstance(placement, Replicate)]
+    if len(dims) > 1 or any(type(grad.placements[i]) is not Shard or grad.placements[i].dim != 0 for i in dims):
+        raise ValueError(f"the gradient of {name} is laid out as {grad.placements}: only FSDP2's Shard(0) is supported")
+    if not dims:
+        return grad.to_local(), weight.to_local(), 0, None
+    (dim,) = dims
+    rows = -(-grad.shape[0] // grad.device_mesh.size(dim))  # of every process but the last ones
+    first_row = min(rows * grad.device_mesh.get_local_rank(dim), grad.shape[0])
+    return grad.to_local(), weight.to_local(), first_row, grad.device_mesh.get_group(dim)
+
+
+def _split(name: str, grad: Tensor, weight: Tensor, shape: torch.Size, first_row: int) -> Iterator[_Matrix]:
+    """The matrices of a tensor: itself, a vector as a column, each of a stack for more than two dimensions.
+
+    A sharded stack yields all of its matrices on every process, without rows where another process holds them.
+    """
+    if len(shape) <= 2:
+        columns = shape[1] if len(shape) == 2 else 1
+        yield _Matrix(name, first_row * columns, shape.numel(), grad.view(-1, columns), weight.view(-1, columns))
+        return
+    numel, per_row = shape[-2:].numel(), shape[1:-2].numel()
+    nothing = [(grad.new_empty(0, shape[-1]), weight.new_empty(0, shape[-1]))] * per_row
+    for row in range(shape[0]):
+        here = row - first_row
+        is_here = 0 <= here < grad.shape[0]
+        parts = zip(_unstack(grad[here]), _unstack(weight[here]), strict=True) if is_here else nothing
+        for i, (g, w) in enumerate(parts):
+            yield _Matrix(name, (row * per_row + i) * numel, numel, g, w)
+
+
+def _unstack(tensor: Tensor) -> Iterator[Tensor]:
+    """The 2-D views of a tensor of two or more dimensions."""
     if tensor.dim() > 2:
         for part in tensor:
-            yield from _matrices(part)
+            yield from _unstack(part)
     else:
-        yield tensor if tensor.dim() == 2 else tensor.reshape(-1, 1)
+        yield tensor
 
 
 def _row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -341,21 +514,33 @@ def _row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start * matrix.shape[1], matrix[start : start + rows]
 
 
-def _totals(grads: Iterable[Tensor]) -> Tensor:
-    """(2,) fp64: number of entries other than 0, and sum of squares."""
+def _totals(matrices: list[_Matrix]) -> Tensor:
+    """(2,) fp64: number of gradient entries other than 0, and sum of squares."""
+    if not matrices:
+        return torch.zeros(2, dtype=torch.float64)
     wide = lambda t: torch.float64 if t.dtype == torch.float64 else torch.float32  # noqa: E731
     parts = [
-        torch.stack([g.count_nonzero().double(), torch.linalg.vector_norm(g, dtype=wide(g)).double().square()])
-        for g in grads
+        torch.stack(
+            [m.grad.count_nonzero().double(), torch.linalg.vector_norm(m.grad, dtype=wide(m.grad)).double().square()]
+        )
+        for m in matrices
     ]
-    return torch.stack(parts).sum(0) if parts else torch.zeros(2, dtype=torch.float64)
+    return torch.stack(parts).sum(0)
 
 
-def _raise_if_not_finite(grads: dict[str, Tensor]) -> None:
-    largest = {name: torch.linalg.vector_norm(g, ord=float("inf")) for name, g in grads.items()}  # NaN stays NaN
-    if not torch.stack([m.double() for m in largest.values()]).isfinite().all():
-        bad = [name for name, m in largest.items() if not m.isfinite()]
-        raise ValueError(f"non-finite gradient in {bad[0]} ({len(bad)} of {len(grads)} tensors): skip this step")
+def _raise_if_not_finite(matrices: list[_Matrix], all_reduce: Callable[[Tensor], object] | None) -> None:
+    norms = [torch.linalg.vector_norm(m.grad, ord=float("inf")) if m.grad.numel() else None for m in matrices]
+    is_bad = torch.stack(  # a NaN stays one in this norm
+        [
+            torch.zeros((), device=m.grad.device) if x is None else (~x.isfinite()).float()
+            for m, x in zip(matrices, norms, strict=True)
+        ]
+    )
+    if all_reduce:
+        all_reduce(is_bad)
+    if is_bad.any():
+        bad = [m.name for m, flag in zip(matrices, is_bad.tolist(), strict=True) if flag]
+        raise ValueError(f"non-finite gradient in {bad[0]} ({len(bad)} of {len(matrices)} matrices): skip this step")
 
 
 def _mix64(x: int) -> int:

@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         lock = run_folder.lock(Path(config.output_dir)) if accelerator.is_main_process else contextlib.nullcontext()
         with lock:
-            return train(config, accelerator)
+            line = train(config, accelerator)
+        accelerator.end_training()  # ends the process group
+        return line
     finally:
         if accelerator.num_processes == 1:  # so that the next call in this process can choose another precision
             accelerator.free_memory()
@@ -158,16 +160,19 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             if config.max_grad_norm:
                 clipping = min(1.0, config.max_grad_norm / (float(grad_norm) + 1e-6))
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
-            stats = masker.mask_gradients(step, stats=logged, check_finite=False)
-            if logged:
-                kept_norm = torch.nn.utils.get_total_norm(grads) / clipping
+            if config.masked_weights == "momentum":
+                stats = masker.mask_gradients(step, stats=logged, check_finite=False)
         timer.lap("mask")
 
         # 4. the optimizer; a non-finite step is skipped (under fp16 the scaler has to see it, and skips it itself)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * lr_factor(config, step, total_steps)
-        if finite or accelerator.scaler is not None:
+        if finite and config.masked_weights == "frozen":  # masks, steps, and undoes the step where M = 0
+            stats = masker.step(optimizer.optimizer, step, stats=logged, check_finite=False)
+        elif finite or accelerator.scaler is not None:
             optimizer.step()
+        if finite and logged:
+            kept_norm = torch.nn.utils.get_total_norm(grads) / clipping
         optimizer.zero_grad()
         progress["step"] = step + 1
         progress["skipped_steps"] += not finite
@@ -235,6 +240,10 @@ def check_paths(config: TrainConfig) -> None:
         path = getattr(config, name)
         if path and is_local(path) and not Path(path).is_dir():
             raise UserError(f"{name} {path}: no such folder (a Hub model is written owner/name)")
+    if config.masked_weights == "frozen" and config.mixed_precision == "fp16":
+        raise UserError(
+            "masked_weights frozen needs its own optimizer step, which fp16's gradient scaler owns: use bf16"
+        )
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision fp16 needs a GPU: use bf16 or fp32 on a CPU")

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may touch the network; read when the libraries are imported
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 ROOT = Path(__file__).parents[1]
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may touch the network
 torch.set_num_threads(1)  # tiny tensors; and the same arithmetic in every test
 
 

@@ -48,7 +48,12 @@ def run(tmp_path, train_args):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"deterministic": "maybe"}, "deterministic must be true or false, got 'maybe'"),
         ({"rule": "gmtt"}, r"rule: unknown word 'gmtt'; did you mean gmt\?"),
-        ({"masked_weights": "frozen"}, "masked_weights must be one of momentum, got 'frozen'"),
+        ({"masked_weights": "froze"}, "masked_weights must be one of momentum, frozen, got 'froze'"),
+        ({"masked_weights": "frozen"}, "masked_weights has no meaning for rule none"),
+        (
+            {"masked_weights": "frozen", "rule": "gmt", "keep_ratio": 0.2, "mixed_precision": "fp16"},
+            "masked_weights frozen needs its own optimizer step",
+        ),
         ({"rule": "gmt"}, r"rule gmt needs keep_ratio, the fraction of entries kept, in \(0, 1\]"),
         ({"rule": "gmt", "keep_ratio": 0}, r"must be in \(0, 1\], got 0.0"),
         ({"rule": "rmt", "keep_ratio": 1.5}, r"must be in \(0, 1\], got 1.5"),

@@ -99,12 +99,13 @@ def test_temporary_memory_does_not_grow_with_the_tensor(monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, tuple) else [out]:
-                if isinstance(t, torch.Tensor) and t._base is None:
+                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
                     self.entries = max(self.entries, t.numel())
             return out
 
     p = nn.Parameter(torch.zeros(3000, 1000))
     p.grad = torch.randn_like(p)
+    given = {t.untyped_storage().data_ptr() for t in (p.data, p.grad)}  # views of them are no memory
     for rule in ("gmt", "rmt"):
         with Largest() as largest, torch.no_grad():
             gmt.Masker([("w", p)], rule, 0.2).mask_gradients(0, check_finite=False)
@@ -234,6 +235,76 @@ def test_keep_ratio_one_is_plain_adamw_bit_for_bit():
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
+ADAMW = {
+    "single": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "amsgrad": {"amsgrad": True, "foreach": False},
+}
+
+
+@pytest.mark.parametrize("rule", ["gmt", "rmt"])
+@pytest.mark.parametrize("kind", ADAMW)
+def test_frozen_entries_keep_weight_and_moments_and_the_others_get_plain_adamw(rule, kind):
+    """Every entry, followed through many steps against the optimizer's own step from the same state."""
+    import copy
+
+    model = model_with_grads()
+    groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1}]
+    groups += [{"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, **ADAMW[kind])
+    names = [n for n, _ in model.named_parameters()]
+    masker = gmt.Masker(model.named_parameters(), rule, 0.2)
+    ever_frozen = ever_moved = 0
+    for step in range(12):
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        plain_model, plain = copy.deepcopy((model, optimizer))
+        for p, q in zip(model.parameters(), plain_model.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        gmt.Masker(plain_model.named_parameters(), rule, 0.2).mask_gradients(step)
+        before = copy.deepcopy(([p.detach() for p in model.parameters()], optimizer.state_dict()["state"]))
+        plain.step()
+        stats = masker.step(optimizer, step, stats=True)
+        assert abs(stats["kept_fraction"] - 0.2) < 0.01
+        for name, p, q, old in zip(names, model.parameters(), plain_model.parameters(), before[0], strict=True):
+            assert torch.equal(p.grad, q.grad)
+            if p.dim() < 2:
+                assert torch.equal(p, q), name
+                continue
+            kept = q.grad != 0
+            state, plain_state = optimizer.state[p], plain.state[q]
+            index = next(i for i, x in enumerate(optimizer.param_groups[0]["params"]) if x is p)
+            pairs = [(p, q, old)]
+            for key in state:
+                if key != "step":
+                    zero = torch.zeros_like(p)
+                    pairs.append((state[key], plain_state[key], before[1].get(index, {}).get(key, zero)))
+            for now, expected, then in pairs:
+                assert torch.equal(now[kept], expected[kept]) and torch.equal(now[~kept], then[~kept]), (name, step)
+            assert state["step"] == plain_state["step"] == step + 1
+            ever_frozen, ever_moved = ever_frozen + (~kept).sum(), ever_moved + kept.sum()
+    assert ever_frozen > 2000 and ever_moved > 500
+    assert [len(g["params"]) for g in optimizer.param_groups] == [3, 4]  # the groups are whole again
+
+
+def test_frozen_with_keep_ratio_one_is_plain_adamw():
+    weights = []
+    for frozen in (False, True):
+        model = model_with_grads()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        masker = gmt.Masker(model.named_parameters(), "gmt", 1.0)
+        for step in range(4):
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            if frozen:
+                masker.step(optimizer, step)
+            else:
+                optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
 def test_statistics():
     p, q = nn.Parameter(torch.zeros(1, 4)), nn.Parameter(torch.zeros(2, 2))
     p.grad, q.grad = torch.tensor([[3.0, 4, 0, 0]]), torch.tensor([[1.0, 1], [1, 1]])
@@ -250,7 +321,7 @@ def test_non_finite_gradient_is_named(bad):
     model = model_with_grads()
     model["down"].weight.grad[2, 3] = bad
     before = model["up"].weight.grad.clone()
-    with pytest.raises(ValueError, match=r"non-finite gradient in down\.weight \(1 of 3 tensors\)"):
+    with pytest.raises(ValueError, match=r"non-finite gradient in down\.weight \(1 of 3 matrices\)"):
         gmt.Masker(model.named_parameters(), "gmt", 0.2).mask_gradients(0)
     assert torch.equal(model["up"].weight.grad, before)  # nothing is masked by halves
 

@@ -24,6 +24,7 @@ RULES = {
     "gmt": ["--rule", "gmt", "--keep_ratio", "0.3"],
     "rmt": ["--rule", "rmt", "--keep_ratio", "0.3"],
     "hft": ["--rule", "hft"],
+    "gmt frozen": ["--rule", "gmt", "--keep_ratio", "0.3", "--masked_weights", "frozen"],
 }
 
 
@@ -101,6 +102,15 @@ def test_keep_ratio_one_is_sft_bit_for_bit(tmp_path, train_args, rule):
     train.main(train_args(tmp_path / "none"))
     train.main(train_args(tmp_path / rule, "--rule", rule, "--keep_ratio", "1.0"))
     assert same(weights(tmp_path / "none"), weights(tmp_path / rule))
+
+
+def test_keep_ratio_one_is_sft_up_to_unseen_embeddings_when_frozen(tmp_path, train_args, model_dir):
+    """Frozen entries do not move at all: rows of bytes that no example has are as in the base, and all else learns."""
+    train.main(train_args(tmp_path / "run", *RULES["gmt frozen"], "--weight_decay", "0.1"))
+    before, after = load_file(model_dir / "model.safetensors"), weights(tmp_path / "run")
+    moved = (after["model.embed_tokens.weight"] != before["model.embed_tokens.weight"]).any(1)
+    assert 20 < moved.sum() < 100 and not moved[2]
+    assert all((after[n] != before[n]).any() for n in after)
 
 
 def test_hft_leaves_frozen_weights_alone(tmp_path, train_args, model_dir):
@@ -354,6 +364,7 @@ CHANGE_WEIGHTS = {
     "rule": {"rule": "rmt"},
     "keep_ratio": {"keep_ratio": 0.1},
     "scope": {"scope": "model"},
+    "masked_weights": {"masked_weights": "frozen"},
     "exclude": {"exclude": "*proj*"},
     "mask_vectors": {"mask_vectors": "true"},
     "learning_rate": {"learning_rate": 2e-3},
@@ -380,7 +391,6 @@ SHOWN_BY = {
     "template": "test_keys_that_name_things",
     "output_dir": "test_keys_that_name_things",
     "dataset_split": "test_data.py: test_hub_datasets_are_asked_for_by_id_and_split",
-    "masked_weights": "test_bad_input.py: frozen is refused",
     "per_device_batch_size": "test_gradients_of_any_split_agree_in_fp32",
     "micro_batch_tokens": "test_gradients_of_any_split_agree_in_fp32",
     "deterministic": "test_keys_of_the_run",

@@ -1,0 +1,122 @@
+"""Masks on FSDP2 shards against those of the whole gradients, under torchrun: see test_sharding.py.
+
+torchrun --nproc_per_node N tests/sharding_worker.py shard|hybrid
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from test_gmt import slow_mask
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gmt
+
+
+class Experts(nn.Module):
+    """A stack of 3 x 2 matrices, fewer on dimension 0 than there may be processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(3, 2, 5, 7))
+        self.short = nn.Parameter(torch.randn(2, 7))  # an empty shard on the third process
+
+    def forward(self, x):
+        return (x * self.stack.sum((0, 1, 2))).sum() + (self.short * x[0]).sum()
+
+
+def make(dtype: torch.dtype, mesh) -> nn.Module:
+    """A tiny Llama whose dimensions do not divide, and experts; sharded, with gradients of one backward pass."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=37, hidden_size=18, intermediate_size=29, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = nn.ModuleDict({"llama": LlamaForCausalLM(config), "experts": Experts()}).to(dtype)
+    for layer in model["llama"].model.layers:
+        fully_shard(layer, mesh=mesh)
+    for part in model.values():
+        fully_shard(part, mesh=mesh)
+    ids = torch.arange(10).view(1, 10) + 10 * dist.get_rank() % 37
+    model["llama"](input_ids=ids % 37, labels=ids % 37).loss.backward()
+    model["experts"](torch.randn(4, 7, dtype=dtype)).backward()
+    return model
+
+
+def expected_masks(grads: dict[str, torch.Tensor], rule: str, scope: str) -> dict[str, torch.Tensor]:
+    """The masks of whole gradients: by a full sort for gmt; by the unsharded Masker, tested elsewhere, for rmt."""
+    if rule == "rmt":
+        parameters = {n: nn.Parameter(torch.zeros_like(g)) for n, g in grads.items()}
+        for n, p in parameters.items():
+            p.grad = torch.ones_like(grads[n])
+        gmt.Masker(parameters.items(), rule, 0.3, scope=scope, mask_vectors=True).mask_gradients(7)
+        return {n: p.grad != 0 for n, p in parameters.items()}
+    if scope == "model":
+        everything = torch.cat([g.flatten() for g in grads.values()])
+        mask = slow_mask(everything, gmt.keep_count(everything.numel(), 0.3)).split([g.numel() for g in grads.values()])
+        return {n: m.view_as(g) for (n, g), m in zip(grads.items(), mask, strict=True)}
+    masks = {}
+    for n, g in grads.items():
+        stack = g.reshape(-1, *g.shape[-2:]) if g.dim() > 2 else g.unsqueeze(0)
+        masks[n] = torch.stack([slow_mask(x, gmt.keep_count(x.numel(), 0.3)) for x in stack]).view_as(g)
+    return masks
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    n = dist.get_world_size()
+    if sys.argv[1] == "shard":
+        mesh = init_device_mesh("cpu", (n,))
+    else:
+        mesh = init_device_mesh("cpu", (n // 2, 2), mesh_dim_names=("replicate", "shard"))
+    gmt._SHARDED_BUCKET = 5  # several collectives
+    for dtype in (torch.float32, torch.bfloat16):
+        for rule in ("gmt", "rmt"):
+            for scope in ("tensor", "model"):
+                model = make(dtype, mesh)
+                whole = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+                masks = expected_masks(whole, rule, scope)
+                masker = gmt.Masker(model.named_parameters(), rule, 0.3, scope=scope, mask_vectors=True)
+                stats = masker.mask_gradients(7, stats=True)
+                kept = nonzero = energy = 0.0
+                for name, p in model.named_parameters():
+                    after = p.grad.full_tensor()
+                    assert torch.equal(after, whole[name] * masks[name]), (dtype, rule, scope, name)
+                    kept, nonzero = kept + masks[name].sum().item(), nonzero + after.count_nonzero().item()
+                    energy += after.double().square().sum().item()
+                total = sum(g.numel() for g in whole.values())
+                assert stats["kept_fraction"] == kept / total
+                assert stats["kept_nonzero_fraction"] == nonzero / sum(g.count_nonzero().item() for g in whole.values())
+                all_energy = sum(g.double().square().sum().item() for g in whole.values())
+                assert abs(stats["energy_kept"] - energy / all_energy) < 1e-6
+    # a NaN on one process is seen, and named, by all
+    model = make(torch.float32, mesh)
+    grad = model["experts"].short.grad.to_local()
+    if grad.numel() and mesh.get_local_rank(mesh.ndim - 1) == 0:  # on one shard, and its replicas
+        grad[0, 0] = float("nan")
+    masker = gmt.Masker(model.named_parameters(), "gmt", 0.3)
+    try:
+        masker.mask_gradients(0)
+        raise AssertionError("a NaN went through")
+    except ValueError as e:
+        assert "non-finite gradient in experts.short (1 of " in str(e), e
+    # other layouts are refused
+    p = nn.Parameter(distribute_tensor(torch.randn(12, 12), init_device_mesh("cpu", (n,)), [Shard(1)]))
+    p.grad = DTensor.from_local(torch.randn_like(p.to_local()), p.device_mesh, p.placements)
+    try:
+        gmt.Masker([("w", p)], "gmt", 0.3).mask_gradients(0, check_finite=False)
+        raise AssertionError("Shard(1) was accepted")
+    except ValueError as e:
+        assert "the gradient of w is laid out as" in str(e)
+    dist.barrier()
+    print("all masks are those of the whole gradients", flush=True)
+    os._exit(0)  # gloo's threads sometimes abort a process with several meshes at its very end
+
+
+if __name__ == "__main__":
+    main()

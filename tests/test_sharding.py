@@ -1,0 +1,13 @@
+"""Masks on shards are those of the whole matrices, bit for bit: pytest tests/test_sharding.py"""
+
+import pytest
+from conftest import torchrun
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout"), [(2, "shard"), (3, "shard"), (4, "shard"), (2, "hybrid"), (4, "hybrid")]
+)
+def test_masks_on_shards(processes, layout):
+    done = torchrun(processes, "tests/sharding_worker.py", layout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("all masks are those of the whole gradients") == processes
