@@ -145,6 +145,7 @@ def test_gradients_of_any_split_agree_in_fp32(tmp_path, train_args, monkeypatch)
     for split, words in SPLITS.items():
         shapes.clear()
         more = ["--global_batch_size", "32", "--max_steps", "1", "--max_length", "512", *words]
+        more += ["--max_grad_norm", "0"]  # clipping would hide a wrong scale
         train.main(train_args(tmp_path / split.replace(" ", "_"), *more))
         expected = {"32x1": [1] * 32, "8x4": [4] * 8, "1x32": [32]}
         assert split not in expected or shapes == expected[split]
@@ -207,7 +208,9 @@ def test_resume_with_dropout_is_bitwise(tmp_path, train_args, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(Crash):
         crash_after(m, 5)
         train.main(train_args(tmp_path / "cut", *words))
-    torch.rand(100)
+    # the generator's state that Accelerate restores plays no part: dropout is a function of (seed, step, process)
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda *a: (load(*a), torch.manual_seed(99))[0])
     train.main(train_args(tmp_path / "cut", *words, "--resume"))
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     assert not same(weights(tmp_path / "whole"), weights(tmp_path / "other_seed"))
