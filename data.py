@@ -199,7 +199,8 @@ def _from_hub(source: str, split: str, subset: str | None) -> Dataset:
         return load_dataset(source, subset, split=split)
     except Exception as e:  # whatever the network, the Hub or its cache raises
         raise UserError(
-            f"dataset {source}, split {split}: no local path, and neither Hub nor cache gives it: {_one_line(e)}"
+            f"dataset {source}, split {split}: no local path, and neither Hub nor cache gives it: {_one_line(e)} "
+            f"(to have it offline, where there is a network: hf download --repo-type dataset {source}; name its folder)"
         ) from None
 
 

@@ -20,4 +20,5 @@ def from_pretrained(auto_class: Any, source: str, what: str, **kwargs) -> Any:
     try:
         return auto_class.from_pretrained(source, **kwargs)
     except Exception as e:  # transformers, the Hub, safetensors and the file system each raise their own
-        raise UserError(f"{what} {source} cannot be loaded: {' '.join(str(e).split())[:300]}") from e
+        hint = "" if is_local(source) else f" (to have it offline, run where there is a network: hf download {source})"
+        raise UserError(f"{what} {source} cannot be loaded: {' '.join(str(e).split())[:300]}{hint}") from e
