@@ -50,6 +50,7 @@ def test_quickstart_is_cut_goes_on_and_is_reused(clone):
         while not (out / moment).exists() and time.time() < deadline:
             assert process.poll() is None, (clone / "log.txt").read_text()[-3000:]
             time.sleep(0.05)
+        assert (out / moment).exists(), f"not there after 900 s: {moment}"
         time.sleep(1)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
