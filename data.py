@@ -297,14 +297,19 @@ def tokenise(
     # it, so that an edited template is not served from the cache.
     this_file = Path(__file__).read_bytes()
     identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, this_file)
-    encoded = rows.map(
-        encode,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        new_fingerprint=hashlib.sha256(repr(identity).encode()).hexdigest()[:32],
-        desc="tokenise",
-    )
+    try:
+        encoded = rows.map(
+            encode,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            new_fingerprint=hashlib.sha256(repr(identity).encode()).hexdigest()[:32],
+            desc="tokenise",
+        )
+    except OSError as e:
+        raise UserError(
+            f"the tokenised examples cannot be cached: {e} (HF_HOME names the folder of the cache)"
+        ) from None
     cut, left_out = (encoded.data.column(c).to_numpy() for c in ("cut", "left_out"))
     trained = encoded.data.column("trained").to_numpy()
     lengths = np.concatenate([c.value_lengths().to_numpy() for c in encoded.data.column("input_ids").chunks])

@@ -316,7 +316,7 @@ class Masker:
             for matrix in unit:
                 thresholds[matrix.name].append((matrix, threshold))
         names = {id(p): name for name, p in self.eligible.items()}
-        kept = torch.zeros((), device=matrices[0].grad.device) if matrices else 0
+        kept = 0
         groups = [(group, group["params"]) for group in optimizer.param_groups]
         try:
             for group, _ in groups:
@@ -368,8 +368,9 @@ class Masker:
         """(the matrices that share a threshold, the threshold as a key)."""
         if self.rule not in SCORES or not matrices:
             return
-        if self.scope == "model" and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
-            raise ValueError(f"scope model compares entries of all matrices: their gradients have dtypes {dtypes}")
+        # one histogram, or one collective, for matrices whose keys have different widths would mix up their digits
+        if (self.scope == "model" or all_reduce) and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
+            raise ValueError(f"with scope model or shards all gradients must have one dtype, got {dtypes}")
         units = [matrices] if self.scope == "model" else [[m] for m in matrices]
         size = 1 if all_reduce is None else _SHARDED_BUCKET  # together they share a collective
         for bucket in (units[i : i + size] for i in range(0, len(units), size)):

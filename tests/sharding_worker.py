@@ -105,6 +105,13 @@ def main() -> None:
         raise AssertionError("a NaN went through")
     except ValueError as e:
         assert "non-finite gradient in experts.short (1 of " in str(e), e
+    # gradients of two dtypes are refused
+    both = [(f"{d}.{n}", p) for d in (torch.float32, torch.bfloat16) for n, p in make(d, mesh).named_parameters()]
+    try:
+        gmt.Masker(both, "gmt", 0.3).mask_gradients(0)
+        raise AssertionError("two dtypes were accepted")
+    except ValueError as e:
+        assert "all gradients must have one dtype" in str(e), e
     # other layouts are refused
     p = nn.Parameter(distribute_tensor(torch.randn(12, 12), init_device_mesh("cpu", (n,)), [Shard(1)]))
     p.grad = DTensor.from_local(torch.randn_like(p.to_local()), p.device_mesh, p.placements)
