@@ -185,7 +185,9 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{examples.lengths[ids].sum() / timer.total():.0f}")
         eval_due = step + 1 == total_steps or (config.eval_every and (step + 1) % config.eval_every == 0)
         eval_loss = evaluation_loss(config, model, held_out, accelerator) if eval_due and len(held_out) else None
-        if logged or eval_loss is not None:
+        if not finite:
+            say(f"step {step + 1}: the gradient is not finite, the weights stay as they are")
+        if logged or not finite or eval_loss is not None:
             line = {
                 "step": step + 1,
                 "epoch": round((step + 1) / steps_per_epoch(len(examples), config.global_batch_size), 4),
@@ -204,7 +206,6 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             }
             if not finite:
                 line["skipped_examples"] = ids.tolist()
-                bar.write(f"step {step + 1}: the gradient is not finite, the weights stay as they are")
             if metrics:
                 metrics.write(line)
         if config.save_every and (step + 1) % config.save_every == 0:

@@ -94,6 +94,18 @@ def main() -> None:
                 assert stats["kept_nonzero_fraction"] == nonzero / sum(g.count_nonzero().item() for g in whole.values())
                 all_energy = sum(g.double().square().sum().item() for g in whole.values())
                 assert abs(stats["energy_kept"] - energy / all_energy) < 1e-6
+    # frozen: what is not selected keeps its weight on every shard; what is selected gets the plain step
+    model, plain = make(torch.float32, mesh), make(torch.float32, mesh)
+    before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+    whole = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+    masks = expected_masks(whole, "gmt", "tensor")
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.1) for m in (model, plain)]
+    gmt.Masker(model.named_parameters(), "gmt", 0.3, mask_vectors=True).step(optimizers[0], 0)
+    optimizers[1].step()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.full_tensor(), torch.where(masks[name], q.full_tensor(), before[name])), name
+        moment = optimizers[0].state[p]["exp_avg"].full_tensor()
+        assert torch.equal(moment != 0, masks[name]), name
     # a NaN on one process is seen, and named, by all
     model = make(torch.float32, mesh)
     grad = model["experts"].short.grad.to_local()

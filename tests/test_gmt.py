@@ -288,6 +288,24 @@ def test_frozen_entries_keep_weight_and_moments_and_the_others_get_plain_adamw(r
     assert [len(g["params"]) for g in optimizer.param_groups] == [3, 4]  # the groups are whole again
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_frozen_under_bitsandbytes(bits):
+    """32-bit AdamW as torch's; at 8 bit, whose moments share block scales, only the weights are frozen."""
+    bnb = pytest.importorskip("bitsandbytes")
+    p = nn.Parameter(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)))
+    optimizer = {32: bnb.optim.AdamW32bit, 8: bnb.optim.AdamW8bit}[bits]([p], lr=0.01, weight_decay=0.1)
+    masker = gmt.Masker([("w", p)], "gmt", 0.2)
+    for step in range(4):
+        p.grad = torch.randn(128, 128, generator=torch.Generator().manual_seed(step))
+        old = p.detach().clone()
+        moments = {k: optimizer.state[p][k].clone() for k in ("state1", "state2") if step}
+        masker.step(optimizer, step)
+        kept = p.grad != 0
+        assert torch.equal(p.detach()[~kept], old[~kept]) and (p.detach()[kept] != old[kept]).all()
+        frozen = [torch.equal(optimizer.state[p][k][~kept], m[~kept]) for k, m in moments.items()]
+        assert all(frozen) if bits == 32 else not any(frozen)
+
+
 def test_frozen_with_keep_ratio_one_is_plain_adamw():
     weights = []
     for frozen in (False, True):
