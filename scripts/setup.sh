@@ -14,10 +14,11 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
     source .venv/bin/activate
 fi
 
-# Installed once per version of requirements.txt: a stamp in the environment holds the file that was installed.
-stamp="$(python -c 'import sys; print(sys.prefix)')/.gmt-requirements"
-if ! cmp -s requirements.txt "$stamp"; then
-    echo "installing requirements.txt into $(dirname "$stamp")"
-    python -m pip install -q -r requirements.txt || { echo "pip install -r requirements.txt failed: see above" >&2; exit 1; }
-    cp requirements.txt "$stamp"
+# Installed once per version of the files: a stamp in the environment holds what was installed. test.sh adds a file.
+requirements=(requirements.txt ${MORE_REQUIREMENTS:-})
+stamp="$(python -c 'import sys; print(sys.prefix)')/.gmt-${requirements[-1]}"
+if ! cat "${requirements[@]}" | cmp -s - "$stamp"; then
+    echo "installing ${requirements[*]} into $(dirname "$stamp")"
+    python -m pip install -q "${requirements[@]/#/-r}" || { echo "pip install ${requirements[*]/#/-r } failed: see above" >&2; exit 1; }
+    cat "${requirements[@]}" >"$stamp"
 fi

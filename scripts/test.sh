@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up everything, then lint and tests. Arguments go to pytest: bash scripts/test.sh -m slow; ... tests/test_gmt.py
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+MORE_REQUIREMENTS=requirements-dev.txt source "$(dirname "$0")/setup.sh"
 ruff check .
 ruff format --check -q . || { echo "run: ruff format ." >&2; exit 1; }
 exec python -m pytest -q "$@"
