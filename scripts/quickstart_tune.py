@@ -16,11 +16,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from quickstart_report import accuracies  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from quickstart_report import accuracies
+from tqdm import tqdm
 
-import eval as evaluation  # noqa: E402
-import train  # noqa: E402
+import eval as evaluation
+import train
 
 RATES = ("5e-5", "7e-5", "1e-4", "1.5e-4", "2e-4")
 KEEP_RATIO = {"none": "", "rmt": "0.2", "hft": "", "gmt": "0.2"}
