@@ -1,0 +1,124 @@
+"""GMTCallback in transformers' Trainer and in TRL's SFTTrainer against train.py: pytest tests/test_callback.py"""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import data
+import gmt
+import train
+from gmt_callback import GMTCallback
+
+SETTINGS = {
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 1e-3,
+    "max_grad_norm": 1.0, "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def grads(monkeypatch):
+    """Every call of mask_gradients: (step, gradients before, gradients after)."""
+    calls, mask_gradients = [], gmt.Masker.mask_gradients
+
+    def look(self, step, **kwargs):
+        before = {n: p.grad.clone() for n, p in self.eligible.items()}
+        result = mask_gradients(self, step, **kwargs)
+        calls.append((step, before, {n: p.grad.clone() for n, p in self.eligible.items()}))
+        return result
+
+    monkeypatch.setattr(gmt.Masker, "mask_gradients", look)
+    return calls
+
+
+def assert_same_gradients_and_masks(ours, theirs):
+    (step, before, after), (their_step, their_before, their_after) = ours, theirs
+    assert step == their_step == 0 and before.keys() == their_before.keys()
+    flips = total = 0
+    for name, g in before.items():
+        assert (g - their_before[name]).norm() / g.norm() < 1e-5, name
+        # the two differ by rounding, which can turn an entry or two at the threshold
+        flips += ((after[name] != 0) != (their_after[name] != 0)).sum().item()
+        total += g.numel()
+        assert after[name].count_nonzero() < g.numel()
+    assert flips <= 1e-4 * total, f"{flips} of {total} entries of the masks differ"
+
+
+@pytest.fixture
+def ours(tmp_path, train_args, grads):
+    train.main(train_args(tmp_path / "run", "--rule", "gmt", "--keep_ratio", "0.3", "--max_steps", "1", "--seed", "3"))
+    (call,) = grads
+    grads.clear()
+    return call
+
+
+@pytest.fixture
+def first_rows(rows_file):
+    rows = data.load_rows(str(rows_file), ("query", "response"))
+    return rows.select(data.step_examples(70, 16, 3, 0))
+
+
+def test_in_trainer(tmp_path, model_dir, first_rows, ours, grads):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rows = data.tokenise(first_rows, tokenizer, "metamath", 512).rows.to_list()
+
+    def collate(batch):
+        width = max(len(r["input_ids"]) for r in batch)
+        pad = lambda r, k, value: r[k] + [value] * (width - len(r[k]))  # noqa: E731
+        return {
+            "input_ids": torch.tensor([pad(r, "input_ids", 0) for r in batch]),
+            "labels": torch.tensor([pad(r, "labels", -100) for r in batch]),
+        }
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    callback = GMTCallback("gmt", keep_ratio=0.3)
+    args = TrainingArguments(tmp_path / "hf", **SETTINGS)
+    Trainer(model, args, data_collator=collate, train_dataset=rows, callbacks=[callback]).train()
+    assert_same_gradients_and_masks(ours, *grads)
+
+
+def test_in_sft_trainer(tmp_path, model_dir, first_rows, ours, grads):
+    trl = pytest.importorskip("trl")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    pairs = [data.TEMPLATES["metamath"].render(row) for row in first_rows]
+    dataset = Dataset.from_list([{"prompt": p, "completion": r} for p, r in pairs])
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    args = trl.SFTConfig(
+        str(tmp_path / "trl"), **SETTINGS, max_length=512, completion_only_loss=True, bf16=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    callback = GMTCallback("gmt", keep_ratio=0.3)
+    trl.SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]).train()
+    assert_same_gradients_and_masks(ours, *grads)
+
+
+def test_saving_and_loading_call_no_mask_and_a_resumed_trainer_goes_on(tmp_path, model_dir, first_rows, grads):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rows = [r for r in data.tokenise(first_rows, tokenizer, "metamath", 512).rows.to_list()]
+    settings = {**SETTINGS, "per_device_train_batch_size": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def run(resume):
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        args = TrainingArguments(tmp_path / "hf", **settings)
+        trainer = Trainer(model, args, train_dataset=rows, callbacks=[GMTCallback("rmt", keep_ratio=0.3)])
+        trainer.train(resume_from_checkpoint=resume)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = run(None)
+    assert [step for step, _, _ in grads] == [0, 1, 2, 3]
+    resumed = run(str(tmp_path / "hf" / "checkpoint-2"))
+    assert [step for step, _, _ in grads] == [0, 1, 2, 3, 2, 3]
+    assert torch.equal(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "gmt", "keep_ratio": 0.2, "masked_weights": "frozen"}, "cannot do masked_weights 'frozen'"),
+        ({"rule": "hft"}, "can do the rules none, gmt, rmt; got 'hft'"),
+        ({"rule": "gmt"}, "rule gmt needs a keep_ratio"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GMTCallback(**settings)
