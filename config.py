@@ -6,6 +6,7 @@ follow them, so that types, precedence (the last word wins) and errors go one wa
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import sys
 import types
@@ -18,18 +19,31 @@ import yaml
 
 import gmt
 
+TRACKERS = ("tensorboard", "wandb")
+
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, exit code 2."""
 
 
+class Interrupted(Exception):
+    """A signal has ended a run that can be resumed: one line, and exit code 128 + the signal's number."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
 def run_main(main: typing.Callable[[], Any], program: str) -> NoReturn:
-    """Run a program's main: a UserError becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    """Run a program's main: a UserError becomes one line on standard error and exit code 2, a signal 128 + number."""
     try:
         main()
     except UserError as e:
         print(f"{program}: error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as e:
+        print(f"{program}: {e}", file=sys.stderr)
+        sys.exit(128 + e.number)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; what it had saved is in its output_dir", file=sys.stderr)
         sys.exit(130)
@@ -60,7 +74,9 @@ class TrainConfig:
     eval_rows: int = key(0, "hold out N random rows for the evaluation loss")
 
     # the method
-    rule: str = key("gmt", "which weights are updated: gmt, rmt, hft, none (plain SFT), or one added to gmt.py")
+    rule: str = key(
+        "gmt", "which weights are updated: gmt, rmt, grad_square, hft, none (plain SFT), or one added to gmt.py"
+    )
     keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; not for hft and none")
     scope: Literal["tensor", "model"] = key("tensor", "one threshold per matrix, or one over all of them")
     masked_weights: Literal["momentum", "frozen"] = key(
@@ -68,8 +84,13 @@ class TrainConfig:
     )
     exclude: list[str] = key([], "patterns of parameter names that are not masked, e.g. '*embed_tokens*'")
     mask_vectors: bool = key(False, "mask 1-D tensors (norms, biases) too")
+    calibration_steps: int = key(0, "steps whose squared gradients choose the masks of rule grad_square, before step 1")
 
     # optimization
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = key(
+        "adamw",
+        "torch's AdamW, or that of bitsandbytes with moments of 8 bit (paged: moved to the CPU when memory ends)",
+    )
     learning_rate: float = key(2e-5, "peak learning rate of AdamW")
     lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up; cosine, linear: down to 0")
     warmup_ratio: float = key(0.0, "fraction of all steps with a linearly rising learning rate")
@@ -88,23 +109,31 @@ class TrainConfig:
 
     # precision
     mixed_precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "autocast dtype; fp32: none")
-    master_dtype: Literal["float32", "float64"] = key("float32", "dtype of the trained weights")
+    master_dtype: Literal["float32", "bfloat16", "float64"] = key(
+        "float32", "dtype of the trained weights; bfloat16 saves memory but rounds most updates of a small rate away"
+    )
     deterministic: bool = key(False, "deterministic GPU kernels, so that a resumed run is bitwise the same there too")
 
     # the run
+    dry_run: bool = key(False, "print the plan (steps, memory, disk, what is masked) and stop; exit code 2 if refused")
     resume: bool = key(False, "go on from the latest checkpoint in output_dir")
     resume_changed: bool = key(False, "resume although configuration, data or package versions differ")
     overwrite: bool = key(False, "delete the run that is in output_dir")
     save_every: int = key(0, "steps between checkpoints; 0: none")
+    save_every_minutes: float = key(0.0, "minutes between checkpoints; 0: none")
     keep_checkpoints: int = key(2, "the latest N checkpoints are kept")
     log_every: int = key(1, "steps between lines of metrics.jsonl")
+    log_masks_every: int = key(0, "steps between lines of masks.jsonl, what is kept of each tensor; 0: none")
+    mask_jaccard: bool = key(False, "log how far the masks overlap with the last logged ones; takes a bit per weight")
     eval_every: int = key(0, "steps between evaluation losses; 0: at the end only")
+    max_skipped_steps: int = key(5, "stop after N steps in a row with a non-finite gradient; 0: never")
+    trackers: list[str] = key([], "log to these too, if they are installed: tensorboard, wandb")
 
     def __post_init__(self):
         """Raise UserError where keys contradict each other or are out of range."""
         if self.rule not in gmt.rules():
             raise UserError(f"rule: unknown word {self.rule!r}{nearest(self.rule, gmt.rules())}")
-        masks = self.rule in gmt.SCORES
+        masks = gmt.masks_entries(self.rule)
         if masks and self.keep_ratio is None:
             raise UserError(f"rule {self.rule} needs keep_ratio, the fraction of entries kept, in (0, 1]")
         if masks and not 0 < self.keep_ratio <= 1:
@@ -112,12 +141,30 @@ class TrainConfig:
         for name in ("keep_ratio", "scope", "masked_weights", "exclude", "mask_vectors"):
             default = next(_default(f) for f in dataclasses.fields(self) if f.name == name)
             if not masks and getattr(self, name) != default:
-                raise UserError(f"{name} has no meaning for rule {self.rule}: leave it out (or use rule gmt or rmt)")
+                raise UserError(
+                    f"{name} has no meaning for rule {self.rule}: leave it out (or use rule gmt, rmt or grad_square)"
+                )
+
+        if (self.rule == "grad_square") != (self.calibration_steps > 0):
+            raise UserError(
+                f"calibration_steps is for rule grad_square, which needs at least 1; got {self.calibration_steps} "
+                f"with rule {self.rule}"
+            )
+        if self.rule == "grad_square" and self.mixed_precision == "fp16":
+            raise UserError("rule grad_square sums squares of unscaled gradients: use bf16 or fp32, not fp16")
+        if self.mask_jaccard and not self.log_masks_every:
+            raise UserError("mask_jaccard needs log_masks_every, the steps between two masks that are compared")
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise UserError(f"trackers: unknown word {tracker!r}{nearest(tracker, TRACKERS)}")
+            if importlib.util.find_spec(tracker) is None:
+                raise UserError(f"trackers: {tracker} is not installed: pip install {tracker}, or leave it out")
 
         at_least = {
             **dict.fromkeys(("epochs", "global_batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"), 1),
             **dict.fromkeys(("max_train_rows", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
             **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
+            **dict.fromkeys(("calibration_steps", "save_every_minutes", "log_masks_every", "max_skipped_steps"), 0),
             "max_length": 2,
         }
         for name, least in at_least.items():

@@ -24,12 +24,13 @@ the optimizer is built, see `freeze_half`.
 
 import fnmatch
 import functools
+import itertools
 import random
 import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ _INTEGER_OF = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+# statistics per parameter: its entries, those kept, those with a gradient other than 0 and the sum of squares of their
+# gradients, and the same two after masking
+COUNTS = ("entries", "kept", "nonzero", "energy", "nonzero_kept", "energy_kept")
+
 _DIGIT_BITS = 16  # a histogram has at most 2**16 bins; a key of 31 bits takes two passes
 _SORT_BELOW = 1 << 16  # entries; on a CPU kthvalue beats two histograms there, and is as exact
 _SHARDED_BUCKET = 16  # matrices whose histograms (0.5 MiB each) share a collective
@@ -84,8 +89,13 @@ SCORES: dict[str, Callable[[Entries], Tensor]] = {"gmt": score_gmt, "rmt": score
 
 
 def rules() -> tuple[str, ...]:
-    """The words for a rule: `none` (plain SFT), `hft`, and the scores above."""
-    return "none", "hft", *SCORES
+    """The words for a rule: `none` (plain SFT), `hft`, `grad_square` (masks fixed by a calibration), and SCORES."""
+    return "none", "hft", "grad_square", *SCORES
+
+
+def masks_entries(rule: str) -> bool:
+    """Whether a rule masks single entries, so that keep_ratio and its companions have a meaning for it."""
+    return rule == "grad_square" or rule in SCORES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,6 +221,7 @@ class Masker:
         named_parameters: `model.named_parameters()`, taken after the model is wrapped for training (Accelerate's
             `prepare`, DDP); a tied weight is counted once. Parameters that need no gradient are never touched.
         rule: a word of rules(). `none` masks nothing, and neither does `hft`, which works by `freeze_half`.
+            `grad_square` needs calibrate() and fix_masks() before its first step.
         keep_ratio: fraction of entries kept, in (0, 1]; the paper's mask ratio is 1 - keep_ratio.
         scope: `tensor`, one threshold per matrix (the paper's), or `model`, one over all masked entries.
         exclude: fnmatch patterns of parameter names that are not masked, e.g. `*embed_tokens*`.
@@ -222,6 +233,8 @@ class Masker:
     What "masked" means under AdamW is a choice. `mask_gradients` is `masked_weights: momentum`: the optimizer sees
     M * G, so the moments of a masked entry decay, and still move its weight. `step` is `masked_weights: frozen`: where
     M = 0 nothing changes at this step.
+
+    A Masker hooks into nothing: between the calls it does nothing, so that saving and loading go on undisturbed.
     """
 
     def __init__(
@@ -237,9 +250,9 @@ class Masker:
     ):
         if rule not in rules():
             raise ValueError(f"rule must be one of {', '.join(rules())}; got {rule!r}")
-        if rule in SCORES and not (keep_ratio is not None and 0 < keep_ratio <= 1):
+        if masks_entries(rule) and not (keep_ratio is not None and 0 < keep_ratio <= 1):
             raise ValueError(f"rule {rule} needs a keep_ratio in (0, 1]; got {keep_ratio}")
-        if rule not in SCORES and keep_ratio is not None:
+        if not masks_entries(rule) and keep_ratio is not None:
             raise ValueError(f"keep_ratio has no meaning for rule {rule}; got {keep_ratio}")
         if scope not in ("tensor", "model"):
             raise ValueError(f"scope must be tensor or model; got {scope!r}")
@@ -257,9 +270,14 @@ class Masker:
         excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)  # noqa: E731
         self.eligible = {n: p for n, p in parameters.items() if (p.dim() >= 2 or mask_vectors) and not excluded(n)}
         self.total_entries = sum(p.numel() for p in parameters.values())
+        self._squares: dict[str, Tensor] = {}  # grad_square, while it is calibrated: sums of squared gradients
+        self._fixed: dict[str, Tensor] = {}  # grad_square, from then on: its masks as bits, of this process's part
+        self._last: dict[str, Tensor] = {}  # the masks, as bits, of the last call with jaccard=True
 
     @torch.no_grad()
-    def mask_gradients(self, step: int, *, stats: bool = False, check_finite: bool = True) -> dict[str, float] | None:
+    def mask_gradients(
+        self, step: int, *, stats: bool = False, jaccard: bool = False, check_finite: bool = True
+    ) -> dict[str, Any] | None:
         """Zero the gradient entries that the rule does not keep. Parameters without a gradient are skipped.
 
         Gradients that FSDP2 shards (DTensors, Shard(0), also with replicas) get the mask of the whole matrix, from
@@ -268,55 +286,39 @@ class Masker:
         Args:
             step: the optimizer step, from 0: the random rules draw anew at each.
             stats: return the statistics below; costs two reads of the gradients and one wait for the device.
+            jaccard: with stats, compare the masks with those of the last such call; keeps a bit per entry.
             check_finite: raise on a non-finite gradient, at the price of one read and one wait for the device. A loop
                 that has tested the gradient norm turns it off.
         Returns:
             None, or kept_fraction (of all eligible entries), kept_nonzero_fraction (of those with a gradient other
             than 0), energy_kept (share of the squared norm of the eligible gradients; None where gradients of frozen
-            weights are not known).
+            weights are not known), mask_jaccard (intersection over union; None at first, absent without jaccard), and
+            tensors: {parameter name: its COUNTS}, from which the same can be had for any group of them.
         Raises:
-            ValueError: a gradient is not finite (the parameter is named), sparse, or laid out in another way.
+            ValueError: a gradient is not finite (the parameter is named), sparse, or laid out in another way; or
+                grad_square has no masks yet.
         """
-        matrices, all_reduce = self._matrices()
-        if check_finite and matrices:
-            _raise_if_not_finite(matrices, all_reduce)
-        before = _totals(matrices) if stats else None
-        kept = 0
-        for unit, threshold in self._thresholds(matrices, all_reduce, step):
-            for matrix in unit:
-                for g, scores in self._scored(matrix, step):
-                    mask = _is_kept(scores, threshold).view_as(g)
-                    g.mul_(mask)
-                    if stats:
-                        kept = kept + mask.sum()
-        return self._statistics(before, _totals(matrices), kept, all_reduce) if stats else None
+        return self._mask(step, stats, jaccard, check_finite, {})
 
     @torch.no_grad()
     def step(
-        self, optimizer: torch.optim.Optimizer, step: int, *, stats: bool = False, check_finite: bool = True
-    ) -> dict[str, float] | None:
+        self, optimizer: torch.optim.Optimizer, step: int, *, stats=False, jaccard=False, check_finite=True
+    ) -> dict[str, Any] | None:
         """`masked_weights: frozen`: mask, and update so that where M = 0 weight, moments and decay stay as they are.
 
         Call it instead of mask_gradients and optimizer.step(). The optimizer steps one parameter at a time; what it did
-        to masked entries is taken back, at the price of a copy of that parameter's weight and moments. Selected
-        entries get exactly the optimizer's update. Adam counts steps per tensor: its bias correction for an entry that
-        is first selected at a late step is that of the late step, so that such an entry moves by up to
-        (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate. Quantised (uint8) moments share block scales and
-        are not taken back: of 8-bit optimizers only the weights are frozen.
+        to masked entries is taken back, at the price of a copy of that parameter's weight and moments, and of a bit per
+        entry. Selected entries get exactly the optimizer's update. Adam counts steps per tensor: its bias correction
+        for an entry that is first selected at a late step is that of the late step, so that such an entry moves by up
+        to (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate. Quantised (uint8) moments share block scales
+        and are not taken back: of 8-bit optimizers only the weights are frozen.
 
-        Args and Returns: as mask_gradients; the optimizer may be any torch one whose state is tensors of the weight's
-        shape. Parameters that are not eligible are updated as always.
+        Args, Returns and Raises: as mask_gradients; the optimizer may be any torch one whose state is tensors of the
+        weight's shape. Parameters that are not eligible are updated as always.
         """
-        matrices, all_reduce = self._matrices()
-        if check_finite and matrices:
-            _raise_if_not_finite(matrices, all_reduce)
-        before = _totals(matrices) if stats else None
-        thresholds = defaultdict(list)
-        for unit, threshold in self._thresholds(matrices, all_reduce, step):
-            for matrix in unit:
-                thresholds[matrix.name].append((matrix, threshold))
-        names = {id(p): name for name, p in self.eligible.items()}
-        kept = 0
+        masks: dict[str, Tensor] = {}
+        statistics = self._mask(step, stats, jaccard, check_finite, masks, keep_masks=True)
+        mask_of = {id(self.eligible[name]): bits for name, bits in masks.items()}
         groups = [(group, group["params"]) for group in optimizer.param_groups]
         try:
             for group, _ in groups:
@@ -324,37 +326,124 @@ class Masker:
             for group, parameters in groups:
                 for p in parameters:
                     group["params"] = [p]
-                    if p.grad is not None and thresholds[names.get(id(p))]:
-                        keep = torch.cat([self._apply(m, t, step).flatten() for m, t in thresholds[names[id(p)]]])
-                        kept = kept + keep.sum()
-                        _step_where(optimizer, p, keep)
+                    if id(p) in mask_of:
+                        _step_where(optimizer, p, mask_of[id(p)])
                     elif p.grad is not None:
                         optimizer.step()
                 group["params"] = []
         finally:
             for group, parameters in groups:
                 group["params"] = parameters
-        return self._statistics(before, _totals(matrices), kept, all_reduce) if stats else None
+        return statistics
 
-    def _apply(self, matrix: "_Matrix", threshold: Tensor, step: int) -> Tensor:
-        """Mask one matrix's gradient in place; returns its mask, a bool tensor of the same shape."""
-        mask = torch.empty_like(matrix.grad, dtype=torch.bool)
-        for (_, part), (g, scores) in zip(_row_chunks(mask), self._scored(matrix, step), strict=True):
-            part.copy_(_is_kept(scores, threshold).view_as(g))
-            g.mul_(part)
-        return mask
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether calibrate() and fix_masks() have to come before the first step."""
+        return self.rule == "grad_square" and not self._fixed
 
-    def _matrices(self) -> tuple[list["_Matrix"], Callable[[Tensor], object] | None]:
-        """This process's parts of all eligible gradients, matrix by matrix, and the sum over the other parts."""
-        matrices, groups = [], {}
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """grad_square: add the squares of the gradients that are there now to their sums. Take no optimizer step.
+
+        The selection of FISH masks (arXiv 2111.09839), but with the squared gradients of whole batches, where Fisher
+        information has those of single examples.
+        """
         for name, p in self.eligible.items():
-            if p.grad is None or p.grad.numel() == 0:
+            if p.grad is not None:
+                wide = p.grad if p.grad.dtype == torch.float64 else p.grad.float()
+                self._squares[name] = self._squares.get(name, 0) + wide.square()
+
+    @torch.no_grad()
+    def fix_masks(self) -> None:
+        """grad_square: choose the masks of all steps by the sums, and forget the sums.
+
+        Raises:
+            ValueError: nothing was calibrated, or a sum is not finite.
+        """
+        if not self._squares:
+            raise ValueError("grad_square: there is nothing to choose by; call calibrate() after backward() first")
+        matrices, all_reduce = self._matrices(self._squares)
+        _raise_if_not_finite(matrices, all_reduce)
+        parts = {name: [torch.zeros(0, dtype=torch.bool, device=_here(x).device)] for name, x in self._squares.items()}
+        for m, _, mask in self._select(matrices, all_reduce, 0, score_gmt):
+            parts[m.name].append(mask.flatten())
+        self._fixed = {name: _pack(torch.cat(masks)) for name, masks in parts.items()}
+        self._squares = {}
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: grad_square's masks, per parameter, as bits (uint8, on the CPU); else nothing.
+
+        The masks are those of whole tensors, also under sharding, where every process has to make the call.
+        """
+        state = {}
+        for name, bits in self._fixed.items():
+            p = self.eligible[name].detach()
+            mask = _unpack(bits, 0, _here(p).numel()).view_as(_here(p))
+            if hasattr(p, "to_local"):
+                mask = type(p).from_local(mask, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                mask = mask.full_tensor()
+            state[name] = _pack(mask.flatten()).cpu()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over masks of state_dict(), whatever number of processes it was made on.
+
+        Raises:
+            ValueError: they are those of other parameters.
+        """
+        for name, bits in state.items():
+            p = self.eligible.get(name)
+            if p is None or bits.numel() != -(-p.numel() // 8):
+                raise ValueError(f"the masks in the checkpoint do not fit the parameter {name}")
+            _, here, first_row, _ = _local(name, p.detach(), p.detach())
+            first = first_row * (p.numel() // p.shape[0])
+            self._fixed[name] = _pack(_unpack(bits.to(here.device), first, first + here.numel()))
+
+    def _mask(
+        self, step: int, stats: bool, jaccard: bool, check_finite: bool, masks: dict[str, Tensor], keep_masks=False
+    ) -> dict[str, Any] | None:
+        """mask_gradients; with keep_masks the masks, as bits, are put into `masks`."""
+        matrices, all_reduce = self._matrices({n: p.grad for n, p in self.eligible.items() if p.grad is not None})
+        if check_finite and matrices:
+            _raise_if_not_finite(matrices, all_reduce)
+        if self.needs_calibration:
+            raise ValueError("grad_square has no masks yet: calibrate() and fix_masks() come before the first step")
+        counts, overlaps = {}, []
+        selected = self._select(matrices, all_reduce, step, SCORES.get(self.rule))
+        for name, chunks in itertools.groupby(selected, key=lambda chunk: chunk[0].name):
+            parts = []
+            for _, g, mask in chunks:
+                before = _nonzero_and_energy(g) if stats else None
+                if mask is not None:
+                    g.mul_(mask)
+                if stats:
+                    kept = before.new_tensor(g.numel()) if mask is None else mask.sum().double()
+                    counts[name] = counts.get(name, 0) + torch.stack([kept, *before, *_nonzero_and_energy(g)])
+                if keep_masks or jaccard:
+                    parts.append(torch.ones_like(g, dtype=torch.bool) if mask is None else mask)
+            if parts:
+                mask = torch.cat([part.flatten() for part in parts])
+                if jaccard and name in self._last:
+                    last = _unpack(self._last[name], 0, mask.numel())
+                    overlaps.append(torch.stack([(mask & last).sum(), (mask | last).sum()]).double())
+                masks[name] = _pack(mask)
+        if jaccard:
+            self._last = dict(masks)
+        return self._statistics(counts, jaccard, overlaps, all_reduce) if stats else None
+
+    def _matrices(self, tensors: dict[str, Tensor]) -> tuple[list["_Matrix"], Callable[[Tensor], object] | None]:
+        """This process's parts of the tensors (gradients, or of their layout), by matrix; the sum over other parts."""
+        matrices, groups = [], {}
+        for name, tensor in tensors.items():
+            if tensor.numel() == 0:
                 continue
-            if p.grad.layout != torch.strided:
+            if tensor.layout != torch.strided:
                 raise ValueError(f"the gradient of {name} is sparse: not supported, a mask needs the whole matrix")
-            grad, weight, first_row, group = _local(name, p.grad, p.detach())
+            grad, weight, first_row, group = _local(name, tensor, self.eligible[name].detach())
             groups[group] = name
-            matrices += _split(name, grad, weight, p.shape, first_row)
+            matrices += _split(name, grad, weight, tensor.shape, first_row)
         if len(groups) > 1:
             raise ValueError(
                 f"gradients are sharded in {len(groups)} different ways, e.g. {', '.join(groups.values())}"
@@ -362,11 +451,38 @@ class Masker:
         group = next(iter(groups), None)
         return matrices, (lambda t: torch.distributed.all_reduce(t, group=group)) if group is not None else None
 
+    def _select(
+        self,
+        matrices: list["_Matrix"],
+        all_reduce: Callable[[Tensor], object] | None,
+        step: int,
+        score: Callable[[Entries], Tensor] | None,
+    ) -> Iterator[tuple["_Matrix", Tensor, Tensor | None]]:
+        """(matrix, a chunk of its gradient as a view, the chunk's mask), in order; no mask where nothing is masked."""
+        if score:
+            for unit, threshold in self._thresholds(matrices, all_reduce, step, score):
+                for m in unit:
+                    for g, scores in self._scored(m, step, score):
+                        yield m, g, _is_kept(scores, threshold).view_as(g)
+            return
+        for m in matrices:
+            for offset, g in _row_chunks(m.grad):
+                if self.rule != "grad_square":
+                    yield m, g, None
+                elif (bits := self._fixed.get(m.name)) is None:  # no gradient in the calibration: nothing is chosen
+                    yield m, g, torch.zeros_like(g, dtype=torch.bool)
+                else:
+                    yield m, g, _unpack(bits, m.start + offset, m.start + offset + g.numel()).view_as(g)
+
     def _thresholds(
-        self, matrices: list["_Matrix"], all_reduce: Callable[[Tensor], object] | None, step: int
+        self,
+        matrices: list["_Matrix"],
+        all_reduce: Callable[[Tensor], object] | None,
+        step: int,
+        score: Callable[[Entries], Tensor],
     ) -> Iterator[tuple[list["_Matrix"], Tensor]]:
         """(the matrices that share a threshold, the threshold as a key)."""
-        if self.rule not in SCORES or not matrices:
+        if not matrices:
             return
         # one histogram, or one collective, for matrices whose keys have different widths would mix up their digits
         if (self.scope == "model" or all_reduce) and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
@@ -376,43 +492,53 @@ class Masker:
         for bucket in (units[i : i + size] for i in range(0, len(units), size)):
             numbers = [sum(m.numel for m in unit) for unit in bucket]
             ks = [keep_count(n, self.keep_ratio) for n in numbers]
-            sources = [functools.partial(self._keys, unit, step) for unit in bucket]
+            sources = [functools.partial(self._keys, unit, step, score) for unit in bucket]
             first = bucket[0][0]
             empty = Entries(first.grad[:0].reshape(-1), first.weight[:0].reshape(-1), 0, 0)
-            dtype = magnitude_keys(SCORES[self.rule](empty)).dtype
+            dtype = magnitude_keys(score(empty)).dtype
             if all_reduce is None:
                 found = [_kth_largest_key(sources[0], numbers[0], ks[0], dtype, first.grad.device)]
             else:
                 found = kth_largest_keys(sources, ks, dtype, first.grad.device, all_reduce)
             yield from zip(bucket, found, strict=True)
 
-    def _scored(self, m: "_Matrix", step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _scored(self, m: "_Matrix", step: int, score: Callable[[Entries], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """(a chunk of the gradient, a view; its scores, flat)."""
         seed = _mix64(_mix64(_mix64(self.seed) ^ step) ^ zlib.crc32(m.name.encode()))
         for (offset, g), (_, w) in zip(_row_chunks(m.grad), _row_chunks(m.weight), strict=True):
-            yield g, SCORES[self.rule](Entries(g.reshape(-1), w.reshape(-1), m.offset + offset, seed))
+            yield g, score(Entries(g.reshape(-1), w.reshape(-1), m.offset + offset, seed))
 
-    def _keys(self, unit: list["_Matrix"], step: int) -> Iterator[Tensor]:
+    def _keys(self, unit: list["_Matrix"], step: int, score: Callable[[Entries], Tensor]) -> Iterator[Tensor]:
         for matrix in unit:
-            for _, scores in self._scored(matrix, step):
+            for _, scores in self._scored(matrix, step, score):
                 yield magnitude_keys(scores)
 
-    def _statistics(self, before: Tensor, after: Tensor, kept, all_reduce) -> dict[str, float]:
-        eligible = sum(p.numel() for p in self.eligible.values())
-        if self.rule not in SCORES:  # nothing is masked: what has a gradient is kept
-            kept = sum(p.numel() for p in self.eligible.values() if p.grad is not None)
-        totals = torch.cat([before, after, before.new_tensor([float(kept)])])
+    def _statistics(self, counts: dict[str, Tensor], jaccard: bool, overlaps: list[Tensor], all_reduce) -> dict:
+        """mask_gradients' return value, of the whole tensors: one all_reduce, one wait for the device."""
+        device = next((t.device for t in counts.values()), "cpu")
+        none = torch.zeros(len(COUNTS) - 1, dtype=torch.float64, device=device)
+        table = torch.stack([*(counts.get(name, none) for name in self.eligible), none])
+        table[-1, :2] = torch.stack(overlaps).sum(0) if overlaps else 0
         if all_reduce:
-            all_reduce(totals)
-            if self.rule not in SCORES:
-                totals[4] = kept
-        nonzero, energy, nonzero_after, energy_after, kept = totals.tolist()
-        some_frozen = any(not p.requires_grad for p in self.eligible.values())
-        return {
-            "kept_fraction": kept / max(eligible, 1),
-            "kept_nonzero_fraction": nonzero_after / max(nonzero, 1),
-            "energy_kept": None if some_frozen else energy_after / energy if energy else 1.0,
+            all_reduce(table)
+        *rows, (intersection, union, *_) = table.tolist()
+        tensors = {
+            name: dict(zip(COUNTS, [p.numel(), *row], strict=True))
+            for (name, p), row in zip(self.eligible.items(), rows, strict=True)
         }
+        entries, kept, nonzero, energy, nonzero_kept, energy_kept = (
+            sum(t[key] for t in tensors.values()) for key in COUNTS
+        )
+        some_frozen = any(not p.requires_grad for p in self.eligible.values())
+        statistics = {
+            "kept_fraction": kept / max(entries, 1),
+            "kept_nonzero_fraction": nonzero_kept / max(nonzero, 1),
+            "energy_kept": None if some_frozen else energy_kept / energy if energy else 1.0,
+            "tensors": tensors,
+        }
+        if jaccard:
+            statistics["mask_jaccard"] = intersection / union if union else None
+        return statistics
 
     def summary(self) -> str:
         """What is masked, for people: eligible tensors grouped by shape, and their share of all parameters."""
@@ -420,7 +546,7 @@ class Masker:
         for name, p in self.eligible.items():
             by_shape[tuple(p.shape)].append(name)
         share = sum(p.numel() for p in self.eligible.values()) / max(self.total_entries, 1)
-        kept = f", keep_ratio {self.keep_ratio}, scope {self.scope}" if self.rule in SCORES else ""
+        kept = f", keep_ratio {self.keep_ratio}, scope {self.scope}" if masks_entries(self.rule) else ""
         lines = [f"rule {self.rule}{kept}: {len(self.eligible)} tensors, {share:.1%} of all parameters, are maskable"]
         for shape, names in by_shape.items():
             frozen = sum(not self.eligible[n].requires_grad for n in names)
@@ -432,19 +558,23 @@ class Masker:
         return "\n".join(lines)
 
 
-def _step_where(optimizer: torch.optim.Optimizer, p: nn.Parameter, keep: Tensor) -> None:
-    """Step an optimizer that holds one parameter; undo it where the flat mask `keep` is False."""
-    local = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
+def _here(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _step_where(optimizer: torch.optim.Optimizer, p: nn.Parameter, mask: Tensor) -> None:
+    """Step an optimizer that holds one parameter; undo it where the mask, as bits, is False."""
     moments = lambda: {  # noqa: E731
-        name: local(t)
+        name: _here(t)
         for name, t in optimizer.state[p].items()
         if isinstance(t, Tensor) and t.shape == p.shape and t.is_floating_point()
     }
-    weight = local(p.data)
+    weight = _here(p.data)
     before = {name: t.clone() for name, t in moments().items()}
     weight_before = weight.clone()
     optimizer.step()
-    keep = keep.view_as(weight)
+    keep = _unpack(mask, 0, weight.numel()).view_as(weight)
     weight.copy_(torch.where(keep, weight, weight_before))
     for name, t in moments().items():
         t.copy_(torch.where(keep, t, before.get(name, torch.zeros_like(t))))  # before the first step moments are 0
@@ -455,6 +585,7 @@ class _Matrix(NamedTuple):
 
     name: str  # of the parameter
     offset: int  # place of the first of these entries in the whole tensor
+    start: int  # and in the part of the tensor that this process holds
     numel: int  # entries of the whole matrix
     grad: Tensor  # (rows, columns)
     weight: Tensor  # (rows, columns)
@@ -487,7 +618,7 @@ def _split(name: str, grad: Tensor, weight: Tensor, shape: torch.Size, first_row
     """
     if len(shape) <= 2:
         columns = shape[1] if len(shape) == 2 else 1
-        yield _Matrix(name, first_row * columns, shape.numel(), grad.view(-1, columns), weight.view(-1, columns))
+        yield _Matrix(name, first_row * columns, 0, shape.numel(), grad.view(-1, columns), weight.view(-1, columns))
         return
     numel, per_row = shape[-2:].numel(), shape[1:-2].numel()
     nothing = [(grad.new_empty(0, shape[-1]), weight.new_empty(0, shape[-1]))] * per_row
@@ -496,7 +627,7 @@ def _split(name: str, grad: Tensor, weight: Tensor, shape: torch.Size, first_row
         is_here = 0 <= here < grad.shape[0]
         parts = zip(_unstack(grad[here]), _unstack(weight[here]), strict=True) if is_here else nothing
         for i, (g, w) in enumerate(parts):
-            yield _Matrix(name, (row * per_row + i) * numel, numel, g, w)
+            yield _Matrix(name, (row * per_row + i) * numel, max(0, here * per_row + i) * numel, numel, g, w)
 
 
 def _unstack(tensor: Tensor) -> Iterator[Tensor]:
@@ -515,18 +646,24 @@ def _row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start * matrix.shape[1], matrix[start : start + rows]
 
 
-def _totals(matrices: list[_Matrix]) -> Tensor:
-    """(2,) fp64: number of gradient entries other than 0, and sum of squares."""
-    if not matrices:
-        return torch.zeros(2, dtype=torch.float64)
-    wide = lambda t: torch.float64 if t.dtype == torch.float64 else torch.float32  # noqa: E731
-    parts = [
-        torch.stack(
-            [m.grad.count_nonzero().double(), torch.linalg.vector_norm(m.grad, dtype=wide(m.grad)).double().square()]
-        )
-        for m in matrices
-    ]
-    return torch.stack(parts).sum(0)
+def _nonzero_and_energy(grad: Tensor) -> Tensor:
+    """(2,) fp64: number of entries other than 0, and sum of squares."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(grad, dtype=wide).double()
+    return torch.stack([grad.count_nonzero().double(), norm.square()])
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """(ceil(n / 8),) uint8 of a flat bool mask of n entries: entry i is bit i % 8 of byte i // 8."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(bits: Tensor, start: int, stop: int) -> Tensor:
+    """Entries start to stop (not included) of a packed mask, bool."""
+    some = bits[start // 8 : -(-stop // 8)].unsqueeze(1)
+    flat = (some >> torch.arange(8, dtype=torch.uint8, device=bits.device)).bitwise_and_(1).bool().view(-1)
+    return flat[start % 8 : start % 8 + stop - start]
 
 
 def _raise_if_not_finite(matrices: list[_Matrix], all_reduce: Callable[[Tensor], object] | None) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides checkpoints: who may write there, run.json, metrics.jsonl."""
+"""What a run leaves on disk besides checkpoints: who may write there, run.json, its log, the model card."""
 
 import contextlib
 import fcntl
@@ -12,15 +12,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from accelerate import Accelerator
 
-from config import UserError
+from config import TrainConfig, UserError
+from hub import is_local
 
-RUN, METRICS = "run.json", "metrics.jsonl"
+RUN, METRICS, MASKS = "run.json", "metrics.jsonl", "masks.jsonl"
 LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
 
 
@@ -81,7 +85,8 @@ def clear(folder: Path) -> None:
         raise UserError(f"overwrite: {folder} is a link, a home, the root or the working folder: delete it by hand")
     for name in ("checkpoints", "final"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / METRICS).unlink(missing_ok=True)
+    for name in (METRICS, MASKS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -145,26 +150,76 @@ def differences(old: dict, new: dict, names: list[str]) -> list[str]:
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
 
 
-class Metrics:
-    """metrics.jsonl: a line per logged step, on disk as soon as it is written."""
+class Log:
+    """The log of a run, on disk as soon as it is written: a line per logged step, on the main process.
 
-    def __init__(self, folder: Path, start_step: int):
-        path = folder / METRICS
-        if path.exists():  # a resumed run: what comes after its checkpoint is done again
-            lines = [line for line in path.read_text().splitlines() if _step(line) is not None]
-            kept = [line + "\n" for line in lines if _step(line) <= start_step]
-            aside = path.with_name(METRICS + ".aside")
-            aside.write_text("".join(kept))
-            aside.replace(path)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  as long as the run
+    metrics.jsonl always; masks.jsonl, what is kept of each tensor; and Accelerate's trackers, if any are configured.
+    """
+
+    def __init__(self, folder: Path, start_step: int, accelerator: Accelerator, config: TrainConfig):
+        self.accelerator = accelerator
+        self.files = {}
+        if not accelerator.is_main_process:
+            return
+        for name in (METRICS, MASKS):
+            _forget_after(folder / name, start_step)
+            if name == METRICS or config.log_masks_every:
+                self.files[name] = open(folder / name, "a", buffering=1)  # noqa: SIM115  as long as the run
+        if config.trackers:
+            simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
+            accelerator.init_trackers("gmt", config=simple)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; a number that is not finite is written as null, since JSON has no NaN."""
+        """Log the numbers of a step; one that is not finite is written as null, since JSON has no NaN."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        try:
-            self.file.write(json.dumps(line) + "\n")
-        except OSError as e:
-            raise UserError(f"{self.file.name} cannot be written: {e.strerror}") from None
+        self._append(METRICS, line)
+        if self.accelerator.is_main_process and self.accelerator.trackers:
+            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+            self.accelerator.log({**numbers, **{f"seconds/{k}": v for k, v in line["seconds"].items()}}, line["step"])
+
+    def write_masks(self, line: dict[str, Any]) -> None:
+        """Log what is kept of each tensor."""
+        self._append(MASKS, line)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if file := self.files.get(name):
+            try:
+                file.write(json.dumps(line) + "\n")
+            except OSError as e:
+                raise UserError(f"{file.name} cannot be written: {e.strerror}") from None
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and one that a crash has cut: a resumed run does these steps again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if _step(line) is not None]
+        aside = path.with_name(path.name + ".aside")
+        aside.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
+        aside.replace(path)
+
+
+def model_card(config: TrainConfig, description: dict[str, Any], last: dict[str, Any]) -> str:
+    """README.md of the final model: how it was made."""
+    name = "a local folder" if is_local(config.model) else config.model
+    head = {"library_name": "transformers", "tags": ["gradient-mask-tuning", config.rule]}
+    if not is_local(config.model):
+        head["base_model"] = config.model
+    settings = {k: v for k, v in description["config"].items() if v not in ("", None, [], False)}
+    facts = {
+        "base model": name,
+        "data": f"{config.dataset}, {description['data']['examples']} examples, "
+        f"fingerprint {description['data']['fingerprint']}",
+        "rule": f"{config.rule}" + (f", keep_ratio {config.keep_ratio}" if config.keep_ratio else ""),
+        "steps": f"{last.get('step')} of {config.global_batch_size} examples, {last.get('tokens')} tokens",
+        "last loss": f"{last.get('loss')}; held out: {last.get('eval_loss')}",
+        "commit": description["git_commit"],
+        "packages": ", ".join(f"{k} {v}" for k, v in description["versions"].items()),
+    }
+    return redact(
+        f"---\n{yaml.safe_dump(head)}---\n\n# Fine-tuned with rule `{config.rule}`\n\n"
+        + "".join(f"- {k}: {v}\n" for k, v in facts.items())
+        + f"\nConfiguration (train.py):\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
+    )
 
 
 def _step(line: str) -> int | None:

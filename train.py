@@ -12,22 +12,21 @@ import resource
 import sys
 import time
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
-from datasets.utils.logging import disable_progress_bar
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+import backend
 import checkpoint
 import gmt
+import interrupts
+import plan
 import run_folder
 from config import TrainConfig, UserError, nearest, parse, run_main
 from data import (
@@ -47,7 +46,8 @@ from losses import sum_cross_entropy
 
 # Keys that may differ between a run and its resumption: they do not change what is computed.
 FREE_TO_CHANGE = {"output_dir", "resume", "resume_changed", "overwrite"} | {
-    "save_every", "keep_checkpoints", "log_every", "eval_every"
+    "save_every", "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard",
+    "eval_every", "max_skipped_steps", "trackers",
 }  # fmt: skip
 
 
@@ -55,11 +55,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run one training; returns the last line of metrics.jsonl. Can be called many times in one process."""
     config = parse(TrainConfig, sys.argv[1:] if argv is None else argv)
     check_paths(config)
-    accelerator = build_accelerator(config)
+    if config.dry_run:
+        return dry_run(config)
+    accelerator = backend.build_accelerator(config)
     try:
         lock = run_folder.lock(Path(config.output_dir)) if accelerator.is_main_process else contextlib.nullcontext()
-        with lock:
-            line = train(config, accelerator)
+        with lock, interrupts.Signals() as signals:
+            line = train(config, accelerator, signals)
         accelerator.end_training()  # ends the process group
         return line
     finally:
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Signals) -> dict[str, Any]:
     """The training run, top to bottom."""
     folder, say = Path(config.output_dir), accelerator.print
     torch.manual_seed(config.seed % 2**63)
@@ -82,18 +84,11 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     if config.rule == "hft":
         frozen = as_user_error(gmt.freeze_half, model, config.seed, "sft")
         say(f"hft freezes {len(frozen)} tensors: {', '.join(frozen)}")
-    optimizer = build_optimizer(config, model)
+    if config.master_dtype == "bfloat16":
+        say("warning: master_dtype bfloat16: a weight changes only where its update is above about 1/256 of it")
+    optimizer = backend.build_optimizer(config, model)
     model, optimizer = accelerator.prepare(model, optimizer)
-    masker = as_user_error(  # after prepare, which may replace parameters
-        gmt.Masker,
-        accelerator.unwrap_model(model).named_parameters(),
-        config.rule,
-        config.keep_ratio,
-        scope=config.scope,
-        exclude=config.exclude,
-        mask_vectors=config.mask_vectors,
-        seed=config.seed,
-    )
+    masker = build_masker(config, accelerator.unwrap_model(model))  # after prepare, which may replace parameters
     say(masker.summary())
     say(
         f"{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, {examples.dropped} left"
@@ -109,111 +104,135 @@ def train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         **run_folder.environment(),
         "processes": accelerator.num_processes,
     }
+    accelerator.register_for_checkpointing(masker)  # the masks of grad_square; nothing for the other rules
     progress = open_folder(config, folder, description, accelerator, optimizer)
     if progress["step"] > total_steps:
         raise UserError(f"resume: the checkpoint is of step {progress['step']}, this run ends after {total_steps}")
     if config.resume and checkpoint.is_complete(folder / "final"):
         say(f"this run is finished: {folder / 'final'} is there")
         return {}
-    metrics = run_folder.Metrics(folder, progress["step"]) if accelerator.is_main_process else None
+    log = run_folder.Log(folder, progress["step"], accelerator, config)
     line: dict[str, Any] = {}
+
+    # --- calibration: grad_square chooses its masks from the first steps' gradients, without a step being taken -------
+    model.train()
+    for step in range(config.calibration_steps if masker.needs_calibration else 0):
+        backward(config, model, step_batches(config, examples, step, accelerator), accelerator)
+        masker.calibrate()
+        optimizer.zero_grad()
+    if masker.needs_calibration:
+        as_user_error(masker.fix_masks)
 
     # --- training ----------------------------------------------------------------------------------------------------
     parameters = [p for p in model.parameters() if p.requires_grad]
-    model.train()
+    flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
+    steps_in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     bar = tqdm(
         total=total_steps, initial=progress["step"], desc="train", unit="step", disable=not accelerator.is_main_process
     )
+    signals.listen()
+    last_save, not_finite_in_a_row = time.monotonic(), 0
     for step in range(progress["step"], total_steps):
-        # dropout is a function of (seed, step, process): there is no generator state to save or restore
-        torch.manual_seed(((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index) % 2**63)
         logged = (step + 1) % config.log_every == 0 or step + 1 == total_steps
+        masks_logged = bool(config.log_masks_every) and (step + 1) % config.log_masks_every == 0
         timer = Timer(accelerator.device if logged else None)
 
         # 1. the step's examples, and this process's share of them
-        ids = step_examples(len(examples), config.global_batch_size, config.seed, step)
-        num_trained = int(examples.trained[ids].sum())
-        share = deal(config, examples, ids, accelerator)
-        batches = [collate(examples, micro, accelerator.device) for micro in share]
+        batches = step_batches(config, examples, step, accelerator)
         timer.lap("data")
 
         # 2. forward and backward: the gradient of (sum over the step's trained tokens) / (their number)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for i, (input_ids, labels) in enumerate(batches):
-            is_last = i + 1 == len(batches)
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                loss = sum_cross_entropy(model(input_ids=input_ids, use_cache=False).logits, labels)
-                loss_sum += loss.detach()
-                # DDP averages over the processes: undo that, since num_trained already counts all of them
-                accelerator.backward(loss * (accelerator.num_processes / num_trained))
-        loss_sum = accelerator.reduce(loss_sum, "sum")
+        loss_sum = backward(config, model, batches, accelerator)
+        # one sum over the processes: the loss, whether it is time to save, and the signals that any of them has got
+        minutes = (time.monotonic() - last_save) / 60 if accelerator.is_main_process else 0.0
+        time_to_save = 0 < config.save_every_minutes <= minutes
+        agreed = torch.tensor([0.0, time_to_save, *signals.received()], dtype=torch.float64, device=loss_sum.device)
+        agreed[0] = loss_sum
+        loss_sum, time_to_save, *received = accelerator.reduce(agreed, "sum").tolist()
         timer.lap("forward_backward")
 
         # 3. clip by the full norm, so that the mask is the only difference between the rules; then mask
         accelerator.unscale_gradients()
         grads = [p.grad for p in parameters if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads)
-        finite = bool(grad_norm.isfinite())
+        norm = torch.nn.utils.get_total_norm(grads)
+        grad_norm = whole(norm)
+        finite = math.isfinite(grad_norm)
         stats, kept_norm = None, grad_norm
+        what_to_tell = {"stats": logged or masks_logged, "jaccard": masks_logged and config.mask_jaccard}
         if finite:
             clipping = 1.0
             if config.max_grad_norm:
-                clipping = min(1.0, config.max_grad_norm / (float(grad_norm) + 1e-6))
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+                clipping = min(1.0, config.max_grad_norm / (grad_norm + 1e-6))
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
             if config.masked_weights == "momentum":
-                stats = masker.mask_gradients(step, stats=logged, check_finite=False)
+                stats = masker.mask_gradients(step, **what_to_tell, check_finite=False)
         timer.lap("mask")
 
         # 4. the optimizer; a non-finite step is skipped (under fp16 the scaler has to see it, and skips it itself)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * lr_factor(config, step, total_steps)
         if finite and config.masked_weights == "frozen":  # masks, steps, and undoes the step where M = 0
-            stats = masker.step(optimizer.optimizer, step, stats=logged, check_finite=False)
+            stats = masker.step(optimizer.optimizer, step, **what_to_tell, check_finite=False)
         elif finite or accelerator.scaler is not None:
             optimizer.step()
         if finite and logged:
-            kept_norm = torch.nn.utils.get_total_norm(grads) / clipping
+            kept_norm = whole(torch.nn.utils.get_total_norm(grads)) / clipping
         optimizer.zero_grad()
         progress["step"] = step + 1
         progress["skipped_steps"] += not finite
-        progress["tokens"] += int(examples.lengths[ids].sum())
+        progress["tokens"] += batches.tokens
+        not_finite_in_a_row = 0 if finite else not_finite_in_a_row + 1
         timer.lap("optimizer")
 
-        # 5. log, evaluate, save
-        loss = loss_sum.item() / num_trained
+        # 5. log, evaluate
         bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{examples.lengths[ids].sum() / timer.total():.0f}")
+        bar.set_postfix(loss=f"{loss_sum / batches.trained:.3f}", tokens_per_s=f"{batches.tokens / timer.total():.0f}")
         eval_due = step + 1 == total_steps or (config.eval_every and (step + 1) % config.eval_every == 0)
         eval_loss = evaluation_loss(config, model, held_out, accelerator) if eval_due and len(held_out) else None
-        if not finite:
-            say(f"step {step + 1}: the gradient is not finite, the weights stay as they are")
+        per_tensor = stats.pop("tensors") if stats else None
         if logged or not finite or eval_loss is not None:
             line = {
                 "step": step + 1,
-                "epoch": round((step + 1) / steps_per_epoch(len(examples), config.global_batch_size), 4),
-                "loss": loss,
+                "epoch": round((step + 1) / steps_in_epoch, 4),
+                "loss": loss_sum / batches.trained,
                 "eval_loss": eval_loss,
                 "lr": optimizer.param_groups[0]["lr"],
-                "grad_norm": float(grad_norm),
-                "grad_norm_kept": float(kept_norm),
+                "grad_norm": grad_norm,
+                "grad_norm_kept": kept_norm,
                 **(stats or {}),
                 "tokens": progress["tokens"],
-                "trained_tokens": num_trained,
+                "trained_tokens": batches.trained,
                 "skipped_steps": progress["skipped_steps"],
-                "tokens_per_second": examples.lengths[ids].sum() / timer.total(),
+                "tokens_per_second": batches.tokens / timer.total(),
+                "model_flops_utilisation": plan.utilisation(
+                    batches.tokens * flops_per_token, timer.total(), accelerator.num_processes, accelerator.device
+                ),
                 "peak_memory_gib": peak_memory_gib(accelerator.device),
                 "seconds": timer.seconds,
             }
             if not finite:
-                line["skipped_examples"] = ids.tolist()
-            if metrics:
-                metrics.write(line)
-        if config.save_every and (step + 1) % config.save_every == 0:
+                line["skipped_examples"] = batches.ids.tolist()
+                say(f"step {step + 1}: the gradient is not finite, the weights stay as they are")
+            log.write(line)
+        if masks_logged and per_tensor:
+            log.write_masks({"step": step + 1, "jaccard": stats.get("mask_jaccard"), "tensors": per_tensor})
+
+        # 6. save; stop where a signal, or one bad step after the other, asks for it
+        if 0 < config.max_skipped_steps <= not_finite_in_a_row:
+            stop_at_bad_steps(config, folder, progress, not_finite_in_a_row, accelerator)
+        if (config.save_every and (step + 1) % config.save_every == 0) or time_to_save or any(received):
             checkpoint.save(accelerator, folder / "checkpoints", progress, config.keep_checkpoints)
+            last_save = time.monotonic()
+        if any(received):
+            bar.close()
+            interrupts.stop(received, f"saved step {step + 1} of {total_steps}; the same command with --resume goes on")
     bar.close()
+    if progress["skipped_steps"] == total_steps:
+        raise UserError(f"none of the {total_steps} steps had a finite gradient: nothing was trained, nothing is saved")
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    checkpoint.save_model(accelerator, folder / "final", model, tokenizer)
+    card = run_folder.model_card(config, description, line)
+    checkpoint.save_model(accelerator, folder / "final", model, tokenizer, card)
     say(
         f"saved {folder / 'final'}; score it with: accelerate launch eval.py --model {folder / 'final'} "
         f"--tasks gsm8k --output_dir {folder / 'eval'}"
@@ -241,18 +260,7 @@ def check_paths(config: TrainConfig) -> None:
         path = getattr(config, name)
         if path and is_local(path) and not Path(path).is_dir():
             raise UserError(f"{name} {path}: no such folder (a Hub model is written owner/name)")
-    if config.masked_weights == "frozen" and config.mixed_precision == "fp16":
-        raise UserError(
-            "masked_weights frozen needs its own optimizer step, which fp16's gradient scaler owns: use bf16"
-        )
-    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    if config.mixed_precision == "fp16" and on_cpu:
-        raise UserError("mixed_precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    for backend in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{backend}"):
-            raise UserError(
-                f"Accelerate is configured for {backend}, which is not supported yet: use DDP or one process"
-            )
+    backend.check(config)
     check_batches(config, None, int(os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -268,35 +276,6 @@ def check_batches(config: TrainConfig, num_examples: int | None, processes: int)
         )
     if num_examples is not None and num_examples < config.global_batch_size:
         raise UserError(f"{numbers}, {num_examples} examples: a step would be larger than the data")
-
-
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
-    transformers_logging.set_verbosity_error()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision={"fp32": "no"}.get(config.mixed_precision, config.mixed_precision),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[
-            # find_unused_parameters keeps DDP from re-ordering its buckets after the first step: with 3 and more
-            # processes a sum's rounding depends on that order, and a resumed run would differ.
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # others wait while one tokenises or saves
-        ],
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UserError(f"{accelerator.distributed_type.value} is not supported yet: use one process or DDP")
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError(
-            f"Accelerate's configuration sets gradient_accumulation_steps {accelerator.gradient_accumulation_steps}: "
-            "set it to 1, accumulation follows from global_batch_size"
-        )
-    if not accelerator.is_local_main_process:
-        disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-    return accelerator
 
 
 def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
@@ -316,9 +295,29 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     return tokenizer, training, examples.select(held_out)
 
 
-def load_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
-    """The model with its weights in master_dtype, whatever dtype they are stored in."""
-    architecture = from_pretrained(AutoConfig, config.model, "model").get_text_config()
+def dry_run(config: TrainConfig) -> dict[str, Any]:
+    """Print the plan; raises UserError for all that the run would refuse before its first step."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    _, examples, held_out = load_data(config)
+    check_batches(config, len(examples), processes)
+    model = plan.on_meta(config, load_architecture(config, examples))
+    if config.rule == "hft":
+        as_user_error(gmt.freeze_half, model, config.seed, "sft")
+    sharded = backend.is_sharded()
+    text = plan.report(config, model, build_masker(config, model), examples, len(held_out), processes, sharded)
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+    return {}
+
+
+def load_architecture(config: TrainConfig, examples: Examples) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        UserError: it does not fit the tokenizer or the examples, or its weights cannot be trained.
+    """
+    whole = from_pretrained(AutoConfig, config.model, "model")
+    architecture = whole.get_text_config()
     if getattr(architecture, "quantization_config", None):
         raise UserError(f"model {config.model} is quantised: its weights cannot be trained; use the unquantised model")
     if (largest := examples.max_token_id()) >= architecture.vocab_size:
@@ -329,6 +328,12 @@ def load_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
     context = getattr(architecture, "max_position_embeddings", math.inf)
     if (longest := int(examples.lengths.max())) > context:
         raise UserError(f"an example has {longest} tokens, the model's context is {context}: lower max_length")
+    return whole
+
+
+def load_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
+    """The model with its weights in master_dtype, whatever dtype they are stored in."""
+    load_architecture(config, examples)
     model = from_pretrained(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.master_dtype))
     # transformers refuses to save some generation configurations that are published with models (a temperature without
     # do_sample, say). That must not come out after days of training.
@@ -338,21 +343,6 @@ def load_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
         model.generation_config.do_sample = True  # what a temperature means
         as_user_error(model.generation_config.validate, strict=True)
     return model
-
-
-def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
 
 
 def lr_factor(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -394,7 +384,7 @@ def open_folder(
         refuse_changes(config, folder, description)
         if checkpoint.is_complete(folder / "final"):
             return progress
-        source = checkpoint.latest(folder / "checkpoints")
+        source = checkpoint.latest(accelerator, folder / "checkpoints")
         progress = checkpoint.load(accelerator, source)
         for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
             group.update(hyperparameters)  # those of this configuration, should it have been changed
@@ -410,10 +400,78 @@ def open_folder(
     return progress
 
 
+def build_masker(config: TrainConfig, model: torch.nn.Module) -> gmt.Masker:
+    return as_user_error(
+        gmt.Masker,
+        model.named_parameters(),
+        config.rule,
+        config.keep_ratio,
+        scope=config.scope,
+        exclude=config.exclude,
+        mask_vectors=config.mask_vectors,
+        seed=config.seed,
+    )
+
+
+class Batches(NamedTuple):
+    """What one process computes of an optimizer step, and the step's numbers over all processes."""
+
+    ids: np.ndarray  # the step's examples
+    tokens: int  # their tokens
+    trained: int  # and those of them that are trained
+    micro: list[tuple[torch.Tensor, torch.Tensor]]  # this process's micro-batches: input_ids, labels
+
+
+def step_batches(config: TrainConfig, examples: Examples, step: int, accelerator: Accelerator) -> Batches:
+    """This process's micro-batches of optimizer step `step`."""
+    # dropout is a function of (seed, step, process): there is no generator state to save or restore
+    torch.manual_seed(((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index) % 2**63)
+    ids = step_examples(len(examples), config.global_batch_size, config.seed, step)
+    micro = [collate(examples, m, accelerator.device) for m in deal(config, examples, ids, accelerator)]
+    return Batches(ids, int(examples.lengths[ids].sum()), int(examples.trained[ids].sum()), micro)
+
+
 def deal(config: TrainConfig, examples: Examples, ids: np.ndarray, accelerator: Accelerator) -> list[list[int]]:
     """This process's micro-batches of the examples `ids`."""
     args = accelerator.num_processes, config.micro_batch_tokens, config.per_device_batch_size
     return micro_batches(ids, examples.lengths, *args)[accelerator.process_index]
+
+
+def backward(config: TrainConfig, model: torch.nn.Module, batches: Batches, accelerator: Accelerator) -> torch.Tensor:
+    """Accumulate the gradient of the step's loss; returns this process's sum of the loss over its trained tokens.
+
+    DDP reduces gradients once, after the last micro-batch. FSDP2 does after each, so that none is ever held whole.
+    """
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for i, (input_ids, labels) in enumerate(batches.micro):
+        reduce_now = sharded or i + 1 == len(batches.micro)
+        with contextlib.nullcontext() if reduce_now else accelerator.no_sync(model):
+            loss = sum_cross_entropy(model(input_ids=input_ids, use_cache=False).logits, labels)
+            loss_sum += loss.detach()
+            # DDP and FSDP2 average over the processes: undo that, since `trained` already counts all of them
+            accelerator.backward(loss * (accelerator.num_processes / batches.trained))
+    return loss_sum
+
+
+def whole(norm: torch.Tensor) -> float:
+    """The value of a norm, also of gradients that FSDP2 shards."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def stop_at_bad_steps(
+    config: TrainConfig, folder: Path, progress: dict[str, Any], bad: int, accelerator: Accelerator
+) -> NoReturn:
+    """Save the state from before `bad` skipped steps in a row, and end the run with a UserError."""
+    before = {**progress, "step": progress["step"] - bad, "skipped_steps": progress["skipped_steps"] - bad}
+    saved = "no step was taken before"
+    if before["step"] > before["skipped_steps"]:
+        checkpoint.save(accelerator, folder / "checkpoints", before, config.keep_checkpoints)
+        saved = f"the state from before is {folder / 'checkpoints'}/step_{before['step']:06d}"
+    raise UserError(
+        f"{bad} steps in a row had a non-finite gradient, up to step {progress['step']} (max_skipped_steps): {saved}; "
+        f"look at their rows, listed in {folder / run_folder.METRICS}, lower learning_rate, or change mixed_precision"
+    )
 
 
 @torch.no_grad()

@@ -91,9 +91,27 @@ def main() -> None:
                     energy += after.double().square().sum().item()
                 total = sum(g.numel() for g in whole.values())
                 assert stats["kept_fraction"] == kept / total
+                assert all(stats["tensors"][n]["kept"] == mask.sum() for n, mask in masks.items())
                 assert stats["kept_nonzero_fraction"] == nonzero / sum(g.count_nonzero().item() for g in whole.values())
                 all_energy = sum(g.double().square().sum().item() for g in whole.values())
                 assert abs(stats["energy_kept"] - energy / all_energy) < 1e-6
+    # grad_square: the masks of the whole sums of squares; a state made here fits any other number of processes
+    model = make(torch.float32, mesh)
+    masker = gmt.Masker(model.named_parameters(), "grad_square", 0.3, mask_vectors=True)
+    masker.calibrate()
+    masks = expected_masks({n: p.grad.full_tensor().square() for n, p in model.named_parameters()}, "gmt", "tensor")
+    masker.fix_masks()
+    state = masker.state_dict()
+    assert set(state) == set(masks)
+    for name, bits in state.items():
+        assert torch.equal(gmt._unpack(bits, 0, masks[name].numel()), masks[name].flatten()), name
+    loaded = gmt.Masker(model.named_parameters(), "grad_square", 0.3, mask_vectors=True)
+    loaded.load_state_dict(state)
+    for m in (masker, loaded):
+        for p in model.parameters():
+            p.grad.fill_(1.0)
+        m.mask_gradients(5)
+        assert all(torch.equal(p.grad.full_tensor() == 1, masks[n]) for n, p in model.named_parameters())
     # frozen: what is not selected keeps its weight on every shard; what is selected gets the plain step
     model, plain = make(torch.float32, mesh), make(torch.float32, mesh)
     before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}

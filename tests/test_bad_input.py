@@ -66,6 +66,14 @@ def run(tmp_path, train_args):
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, r"warmup_ratio \(0.1\) or warmup_steps \(5\), not both"),
         ({"warmup_ratio": 1}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
         ({"eval_every": 5}, "eval_every 5 needs eval_rows"),
+        (
+            {"rule": "grad_square", "keep_ratio": 0.2},
+            "grad_square, which needs at least 1; got 0 with rule grad_square",
+        ),
+        ({"calibration_steps": 3}, "calibration_steps is for rule grad_square, .* got 3 with rule none"),
+        ({"mask_jaccard": "true"}, "mask_jaccard needs log_masks_every"),
+        ({"trackers": "tensorbord"}, "unknown word 'tensorbord'; did you mean tensorboard"),
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, adamw_8bit, paged_adamw_8bit, got 'adam'"),
         ({"resume": "true", "overwrite": "true"}, "set one of the two"),
         ({"resume_changed": "true"}, "no meaning without resume"),
         ({"template": "metamaths"}, "unknown word 'metamaths'; did you mean metamath?"),
@@ -272,9 +280,32 @@ def test_folders_that_cannot_be_made_and_damaged_files(run, tmp_path, monkeypatc
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "run.json.aside").write_text("{")
     run(max_steps=1, output_dir=tmp_path / "half")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="DEEPSPEED, which is not supported yet"):
-        run(max_steps=1, output_dir=tmp_path / "ds")
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DEEPSPEED, which is not supported: its ZeRO shards flat buffers"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "MEGATRON_LM, which is not supported: its tensor parallelism"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "tensor parallelism is not supported"),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, "context parallelism is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP1 is not supported, it flattens the matrices: set fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP2 with CPU offload is not supported"),
+        ({"FSDP_VERSION": "2"}, {"optimizer": "adamw_8bit"}, "bitsandbytes, which does not know FSDP2: use adamw"),
+        (
+            {"FSDP_VERSION": "2"},
+            {"master_dtype": "bfloat16", "mixed_precision": "bf16"},
+            "bfloat16 is not supported under FSDP2, which keeps fp32 masters",
+        ),
+    ],
+)
+def test_backends_on_which_masks_would_be_wrong_are_refused(run, monkeypatch, environment, settings, message):
+    if any(name.startswith("FSDP") for name in environment):
+        environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **environment}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        run(max_steps=1, **settings)
 
 
 def test_a_folder_in_use_is_refused(run, tmp_path):

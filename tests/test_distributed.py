@@ -9,11 +9,11 @@ from conftest import read_metrics, torchrun, write_rows
 from safetensors.torch import load_file
 
 
-def run(processes, args, **env):
+def run(processes, args, worker="worker", **env):
     before = dict(os.environ)
     os.environ.update(env)
     try:
-        return torchrun(processes, "tests/worker.py", *args)
+        return torchrun(processes, f"tests/{worker}.py", *args)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -62,6 +62,52 @@ def test_resume_is_bitwise(tmp_path, train_args, processes):
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
     a, b = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize(
+    ("processes", "rule", "more"),
+    [
+        (2, "gmt", ["--masked_weights", "frozen", "--log_masks_every", "2", "--mask_jaccard", "true"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (2, "gmt", []),
+                (3, "gmt", ["--scope", "model"]),
+                (2, "grad_square", ["--calibration_steps", "2"]),
+                (2, "hft", []),
+                (4, "rmt", ["--hybrid"]),
+            )
+        ),
+    ],
+)
+def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, processes, rule, more):
+    """Also at the end of a run that is saved in shards, cut, and resumed on another number of processes."""
+    args = ["--rule", rule, "--master_dtype", "float64", "--eval_rows", "5", "--save_every", "2", *more]
+    args += [] if rule == "hft" else ["--keep_ratio", "0.3"]
+    env = {}
+    if "--hybrid" in args:
+        args.remove("--hybrid")
+        env = {"FSDP_REPLICATE": "2"}
+    single = run(1, train_args(tmp_path / "one", *args))
+    assert single.returncode == 0, single.stderr[-3000:]
+    cut = run(processes, train_args(tmp_path / "cut", *args), "fsdp_worker", CRASH_AT="5", **env)
+    assert cut.returncode != 0 and len(read_metrics(tmp_path / "cut")) == 5, cut.stderr[-3000:]
+    assert any((tmp_path / "cut" / "checkpoints" / "step_000004").glob("pytorch_model_fsdp_0/*.distcp"))
+    done = run(processes - 1, train_args(tmp_path / "cut", *args, "--resume"), "fsdp_worker")
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = weights(tmp_path / "cut"), weights(tmp_path / "one")
+    assert max((a[name] - b[name]).abs().max() for name in b) < 1e-9 and len(a) == len(b)
+    for x, y in zip(read_metrics(tmp_path / "cut"), read_metrics(tmp_path / "one"), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-9) and x["grad_norm"] == pytest.approx(y["grad_norm"])
+        assert x["kept_fraction"] == y["kept_fraction"]
+        assert x["grad_norm_kept"] == pytest.approx(y["grad_norm_kept"])
+    if "--log_masks_every" in args:
+        masks = [
+            [json.loads(x) for x in (tmp_path / f / "masks.jsonl").read_text().splitlines()] for f in ("cut", "one")
+        ]
+        kept = [[{n: c["kept"] for n, c in line["tensors"].items()} for line in lines] for lines in masks]
+        assert kept[0] == kept[1] and [line["step"] for line in masks[0]] == [2, 4, 6, 8, 10]
+        assert [m["jaccard"] for m in masks[0][:2]] == pytest.approx([m["jaccard"] for m in masks[1][:2]])
 
 
 def test_bad_input_under_torchrun_ends_all_processes(tmp_path, train_args):

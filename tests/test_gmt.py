@@ -326,12 +326,101 @@ def test_frozen_with_keep_ratio_one_is_plain_adamw():
 def test_statistics():
     p, q = nn.Parameter(torch.zeros(1, 4)), nn.Parameter(torch.zeros(2, 2))
     p.grad, q.grad = torch.tensor([[3.0, 4, 0, 0]]), torch.tensor([[1.0, 1], [1, 1]])
-    stats = gmt.Masker([("p", p), ("q", q)], "gmt", 0.25).mask_gradients(0, stats=True)
-    assert stats == {"kept_fraction": 5 / 8, "kept_nonzero_fraction": 5 / 6, "energy_kept": pytest.approx(20 / 29)}
+    assert gmt.Masker([("p", p), ("q", q)], "gmt", 0.25).mask_gradients(0, stats=True) == {
+        "kept_fraction": 5 / 8,
+        "kept_nonzero_fraction": 5 / 6,
+        "energy_kept": pytest.approx(20 / 29),
+        "tensors": {
+            "p": {"entries": 4, "kept": 1, "nonzero": 2, "energy": 25, "nonzero_kept": 1, "energy_kept": 16},
+            "q": {"entries": 4, "kept": 4, "nonzero": 4, "energy": 4, "nonzero_kept": 4, "energy_kept": 4},
+        },
+    }
     assert gmt.Masker([("p", p)], "none").mask_gradients(0, stats=True)["kept_fraction"] == 1
     p.grad = None
-    assert gmt.Masker([("p", p), ("q", q)], "gmt", 0.25).mask_gradients(0, stats=True)["kept_fraction"] == 0.5
+    stats = gmt.Masker([("p", p), ("q", q)], "gmt", 0.25).mask_gradients(0, stats=True)
+    assert stats["kept_fraction"] == 0.5 and not any(list(stats["tensors"]["p"].values())[1:])
     assert gmt.Masker([("p", p)], "gmt", 0.25).mask_gradients(0) is None
+
+
+def test_jaccard_compares_with_the_masks_of_the_last_call_that_asked():
+    p = nn.Parameter(torch.zeros(1, 10))
+    masker = gmt.Masker([("p", p)], "gmt", 0.4)
+
+    def mask(kept, **kwargs):
+        p.grad = torch.full((1, 10), 0.1).index_fill(1, torch.tensor(kept), 1.0)
+        return masker.mask_gradients(0, **kwargs)
+
+    assert mask([0, 1, 2, 3], stats=True, jaccard=True)["mask_jaccard"] is None
+    assert "mask_jaccard" not in mask([6, 7, 8, 9], stats=True)
+    assert mask([1, 2, 3, 4], stats=True, jaccard=True)["mask_jaccard"] == 3 / 5
+    assert mask([1, 2, 3, 4], stats=True, jaccard=True)["mask_jaccard"] == 1
+
+
+def test_masks_as_bits():
+    mask = torch.rand(1003, generator=torch.Generator().manual_seed(0)) < 0.3
+    bits = gmt._pack(mask)
+    assert bits.dtype == torch.uint8 and bits.numel() == 126
+    assert bits[0] == sum(int(m) << i for i, m in enumerate(mask[:8]))
+    for start, stop in ((0, 1003), (5, 6), (7, 801), (8, 16), (1000, 1003), (9, 9)):
+        assert torch.equal(gmt._unpack(bits, start, stop), mask[start:stop])
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_grad_square_keeps_the_largest_sums_of_squares(scope, monkeypatch):
+    monkeypatch.setitem(gmt._CHUNK, "cpu", 30)  # chunks that do not end at whole bytes
+    model = model_with_grads()
+    masker = gmt.Masker(model.named_parameters(), "grad_square", 0.2, scope=scope)
+    with pytest.raises(ValueError, match=r"calibrate\(\) and fix_masks\(\) come before the first step"):
+        masker.mask_gradients(0)
+    with pytest.raises(ValueError, match="nothing to choose by"):
+        masker.fix_masks()
+    matrices = {n: p for n, p in model.named_parameters() if p.dim() == 2}
+    sums = {n: torch.zeros_like(p) for n, p in matrices.items()}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def draw(seed):
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + i))
+
+    for step in range(3):
+        draw(10 * step)
+        for n, p in matrices.items():
+            sums[n] += p.grad**2
+        masker.calibrate()
+    masker.fix_masks()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    if scope == "model":
+        everything = torch.cat([x.flatten() for x in sums.values()])
+        whole = slow_mask(everything, gmt.keep_count(everything.numel(), 0.2)).split([x.numel() for x in sums.values()])
+        expected = {n: m.view_as(sums[n]) for n, m in zip(sums, whole, strict=True)}
+    else:
+        expected = {n: slow_mask(x, gmt.keep_count(x.numel(), 0.2)) for n, x in sums.items()}
+    # a Masker that is loaded from the first one's state masks alike, at every step, in both readings of masked
+    loaded = gmt.Masker(model.named_parameters(), "grad_square", 0.2, scope=scope)
+    loaded.load_state_dict({n: bits.clone() for n, bits in masker.state_dict().items()})
+    for step, m in enumerate((masker, masker, loaded)):
+        draw(1000 + step)
+        grads = {n: p.grad.clone() for n, p in matrices.items()}
+        if step == 1:
+            m.step(torch.optim.AdamW(model.parameters(), lr=0.1), step)
+        else:
+            m.mask_gradients(step)
+        for n, p in matrices.items():
+            assert torch.equal(p.grad, grads[n] * expected[n]), (step, n)
+            assert step != 1 or torch.equal(p != before[n], expected[n])
+    with pytest.raises(ValueError, match="masks in the checkpoint do not fit the parameter"):
+        loaded.load_state_dict({"up.weight": torch.zeros(3, dtype=torch.uint8)})
+
+
+def test_grad_square_masks_all_of_a_parameter_without_calibration():
+    p, q = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    masker = gmt.Masker([("p", p), ("q", q)], "grad_square", 0.25)
+    p.grad = torch.arange(16.0).view(4, 4)
+    masker.calibrate()
+    masker.fix_masks()
+    p.grad, q.grad = torch.ones(4, 4), torch.ones(4, 4)
+    masker.mask_gradients(0)
+    assert p.grad.sum() == 4 and q.grad.sum() == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -353,7 +442,7 @@ def test_largest_finite_gradients_are_not_called_infinite():
 def test_refusals():
     p = nn.Parameter(torch.zeros(2, 2))
     for kwargs, message in (
-        ({"rule": "gtm", "keep_ratio": 0.2}, "rule must be one of none, hft, gmt, rmt"),
+        ({"rule": "gtm", "keep_ratio": 0.2}, "rule must be one of none, hft, grad_square, gmt, rmt"),
         ({"keep_ratio": None}, "needs a keep_ratio"),
         ({"keep_ratio": 0.0}, r"in \(0, 1\]"),
         ({"keep_ratio": 1.1}, r"in \(0, 1\]"),

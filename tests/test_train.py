@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import make_model, read_metrics, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
@@ -25,6 +26,10 @@ RULES = {
     "rmt": ["--rule", "rmt", "--keep_ratio", "0.3"],
     "hft": ["--rule", "hft"],
     "gmt frozen": ["--rule", "gmt", "--keep_ratio", "0.3", "--masked_weights", "frozen"],
+    "grad_square": ["--rule", "grad_square", "--keep_ratio", "0.3", "--calibration_steps", "2"],
+    "gmt 8 bit": ["--rule", "gmt", "--keep_ratio", "0.3", "--optimizer", "adamw_8bit"],
+    "gmt paged 8 bit": ["--rule", "gmt", "--keep_ratio", "0.3", "--optimizer", "paged_adamw_8bit"],
+    "gmt bf16": ["--rule", "gmt", "--keep_ratio", "0.3", "--master_dtype", "bfloat16", "--mixed_precision", "bf16"],
 }
 
 
@@ -174,14 +179,14 @@ class Crash(BaseException):
 
 
 def crash_after(monkeypatch, step):
-    write = run_folder.Metrics.write
+    write = run_folder.Log.write
 
     def write_and_crash(self, line):
         write(self, line)
         if line["step"] == step:
             raise Crash
 
-    monkeypatch.setattr(run_folder.Metrics, "write", write_and_crash)
+    monkeypatch.setattr(run_folder.Log, "write", write_and_crash)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -263,16 +268,25 @@ def test_resume_of_a_finished_run_does_nothing(tmp_path, train_args):
         train.main(train_args(tmp_path / "run", "--resume", "--epochs", "9"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, train_args, monkeypatch):
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, train_args, monkeypatch, damage, capsys):
     with monkeypatch.context() as m, pytest.raises(Crash):
         crash_after(m, 9)
         train.main(train_args(tmp_path / "run", "--save_every", "2"))
     checkpoints = tmp_path / "run" / "checkpoints"
     newest = checkpoints / "step_000008" / "model.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-1])
-    assert checkpoint.latest(checkpoints).name == "step_000006"
+    content = bytearray(newest.read_bytes())
+    if damage == "changed":
+        content[-1] ^= 1  # one bit of one weight
+    newest.write_bytes(content[:-1] if damage == "cut" else content)
+    if damage == "missing":
+        newest.unlink()
+    assert checkpoint.latest(Accelerator(cpu=True), checkpoints).name == "step_000006"
+    assert "passing over the checkpoint step_000008: model.safetensors is missing, cut or changed" in (
+        capsys.readouterr().out
+    )
     (checkpoints / "step_000006" / "COMPLETED").unlink()
-    with pytest.raises(UserError, match=r"no complete checkpoint .*\(incomplete: step_00000., step_00000.\)"):
+    with pytest.raises(UserError, match=r"no complete checkpoint .*model.safetensors is .*; step_000006: COMPLETED is"):
         train.main(train_args(tmp_path / "run", "--save_every", "2", "--resume"))
 
 
@@ -342,6 +356,95 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypa
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
+def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, train_args, monkeypatch):
+    whole, calls = train.sum_cross_entropy, []
+
+    def nan_from_the_fifth(logits, labels):
+        calls.append(1)
+        return whole(logits, labels) * (float("nan") if len(calls) >= 5 else 1.0)
+
+    words = [*RULES["gmt"], "--micro_batch_tokens", "100000"]  # one call a step
+    with monkeypatch.context() as m:
+        m.setattr(train, "sum_cross_entropy", nan_from_the_fifth)
+        with pytest.raises(UserError, match=r"3 steps in a row .* up to step 7 .* before is .*step_000004; look at"):
+            train.main(train_args(tmp_path / "run", *words, "--max_skipped_steps", "3"))
+        assert [len(m.get("skipped_examples", [])) for m in read_metrics(tmp_path / "run")] == [0] * 4 + [6, 16, 16]
+        calls[:] = [1] * 5
+        with pytest.raises(UserError, match="2 steps in a row .* no step was taken before"):
+            train.main(train_args(tmp_path / "none", *words, "--max_skipped_steps", "2"))
+        with pytest.raises(UserError, match="none of the 10 steps had a finite gradient"):
+            train.main(train_args(tmp_path / "all", *words, "--max_skipped_steps", "0"))
+    # the checkpoint holds the state of an undisturbed run after its fourth step
+    train.main(train_args(tmp_path / "run", *words, "--max_skipped_steps", "3", "--resume"))
+    train.main(train_args(tmp_path / "whole", *words, "--max_skipped_steps", "3"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_grad_square_counts_its_calibration_steps(tmp_path, train_args, monkeypatch):
+    """The squares of exactly the first steps' gradients, at the initial weights, before the first of all steps."""
+    calibrate, seen = gmt.Masker.calibrate, []
+
+    def look(self):
+        seen.append({n: p.grad.clone() for n, p in self.eligible.items()})
+        calibrate(self)
+
+    monkeypatch.setattr(gmt.Masker, "calibrate", look)
+    line = train.main(
+        train_args(tmp_path / "run", *RULES["grad_square"], "--calibration_steps", "3", "--max_steps", "4")
+    )
+    assert len(seen) == 3 and line["step"] == 4
+    before, after = train_weights(tmp_path)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+        sums = sum(s[name].square() for s in seen)
+        threshold = sums.flatten().sort().values[-round(0.3 * sums.numel())]
+        # not a single entry outside the mask has moved, over all steps: AdamW's moments are 0 there
+        assert torch.equal(after[name] != before[name], sums >= threshold)
+
+
+def train_weights(tmp_path):
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    return load_file(f"{run['config']['model']}/model.safetensors"), weights(tmp_path / "run")
+
+
+def test_masks_are_logged_per_tensor(tmp_path, train_args):
+    words = [*RULES["gmt"], "--log_masks_every", "3"]
+    train.main(train_args(tmp_path / "run", *words, "--mask_jaccard", "true"))
+    lines = [json.loads(x) for x in (tmp_path / "run" / "masks.jsonl").read_text().splitlines()]
+    metrics = read_metrics(tmp_path / "run")
+    assert [x["step"] for x in lines] == [3, 6, 9] and lines[0]["jaccard"] is None and 0.05 < lines[1]["jaccard"] < 0.9
+    for line in lines:
+        tensors = line["tensors"].values()
+        assert sum(t["kept"] for t in tensors) / sum(t["entries"] for t in tensors) == pytest.approx(
+            metrics[line["step"] - 1]["kept_fraction"]
+        )
+        assert line["tensors"]["model.layers.0.mlp.up_proj.weight"]["kept"] == round(0.3 * 48 * 32)
+    assert "tensors" not in metrics[2]
+    train.main(train_args(tmp_path / "other", *words))
+    lines = [json.loads(x) for x in (tmp_path / "other" / "masks.jsonl").read_text().splitlines()]
+    assert [x["jaccard"] for x in lines] == [None] * 3
+
+
+def test_trackers(tmp_path, train_args):
+    """Accelerate's trackers get every logged number."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.main(train_args(tmp_path / "run", "--trackers", "tensorboard", "--max_steps", "2"))
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*.0")
+    log = EventAccumulator(str(events)).Reload()
+    losses = [m["loss"] for m in read_metrics(tmp_path / "run")]
+    assert [e.value for e in log.Scalars("loss")] == pytest.approx(losses)
+
+
+def test_the_model_card_tells_how_the_model_was_made(tmp_path, train_args, rows_file):
+    train.main(train_args(tmp_path / "run", *RULES["gmt"], "--max_steps", "2"))
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "- rule: gmt, keep_ratio 0.3" in card and f"- data: {rows_file}, 70 examples, fingerprint" in card
+    assert (
+        "learning_rate: 0.001" in card and "- steps: 2 of 16 examples" in card and "base model: a local folder" in card
+    )
+
+
 # --- every key does something ----------------------------------------------------------------------------------------
 
 
@@ -370,6 +473,7 @@ CHANGE_WEIGHTS = {
     "masked_weights": {"masked_weights": "frozen"},
     "exclude": {"exclude": "*proj*"},
     "mask_vectors": {"mask_vectors": "true"},
+    "optimizer": {"optimizer": "adamw_8bit"},
     "learning_rate": {"learning_rate": 2e-3},
     "lr_schedule": {"lr_schedule": "linear"},
     "warmup_ratio": {"warmup_ratio": 0.5},
@@ -397,6 +501,13 @@ SHOWN_BY = {
     "per_device_batch_size": "test_gradients_of_any_split_agree_in_fp32",
     "micro_batch_tokens": "test_gradients_of_any_split_agree_in_fp32",
     "deterministic": "test_keys_of_the_run",
+    "dry_run": "test_plan.py: test_dry_run_prints_the_plan_and_makes_nothing",
+    "calibration_steps": "test_grad_square_counts_its_calibration_steps",
+    "save_every_minutes": "test_keys_of_the_run",
+    "log_masks_every": "test_masks_are_logged_per_tensor",
+    "mask_jaccard": "test_masks_are_logged_per_tensor",
+    "max_skipped_steps": "test_training_stops_at_bad_steps_with_a_checkpoint_from_before",
+    "trackers": "test_trackers",
     "resume": "test_resume_is_bitwise",
     "resume_changed": "test_resume_refuses_another_run_and_lists_the_differences",
     "overwrite": "test_keys_of_the_run",
@@ -472,6 +583,8 @@ def test_keys_of_the_run(tmp_path, plain_run, monkeypatch):
     checkpoints = ["step_000001", "step_000002", "step_000003", "step_000004", "step_000005"]
     assert run(overwrite="true", save_every=1)[2] == checkpoints[3:]
     assert run(overwrite="true", save_every=1, keep_checkpoints=4)[2] == checkpoints[1:]
+    assert run(overwrite="true", save_every_minutes=1e-9)[2] == checkpoints[3:]
+    assert run(overwrite="true", save_every_minutes=60)[2] == []
     assert run(overwrite="true", log_every=2)[0] == [2, 4, 5]
     assert run(overwrite="true", eval_rows=5, eval_every=2)[1] == [2, 4, 5]
     was_deterministic = []

@@ -20,13 +20,13 @@ def keep_gradients(self, step, **kwargs):
     return mask_gradients(self, step, **kwargs)
 
 
-write = run_folder.Metrics.write
+write = run_folder.Log.write
 
 
 def crash(self, line):
     """Die after the step has been logged, before anything else."""
     write(self, line)
-    if line["step"] == int(os.environ.get("CRASH_AT", "0")):
+    if line["step"] == int(os.environ.get("CRASH_AT", "0")) and os.environ.get("RANK", "0") == "0":
         os._exit(9)
 
 
@@ -40,5 +40,5 @@ if __name__ == "__main__":
     if "float64" in sys.argv:
         LlamaRMSNorm.forward = exact_norm
     gmt.Masker.mask_gradients = keep_gradients
-    run_folder.Metrics.write = crash
+    run_folder.Log.write = crash
     train.main(sys.argv[1:])

@@ -1,0 +1,117 @@
+"""The plan of --dry_run is what a run then holds and does: pytest tests/test_plan.py"""
+
+import re
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_model, python
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import plan
+import train
+from config import TrainConfig, UserError
+from losses import sum_cross_entropy
+
+KINDS = {
+    "fp32": {},
+    "hft": {"rule": "hft"},
+    "bf16 masters": {"master_dtype": "bfloat16", "mixed_precision": "bf16"},
+    "8 bit": {"optimizer": "adamw_8bit"},
+    "fp64": {"master_dtype": "float64"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_run(tmp_path, train_args, monkeypatch, kind):
+    made, grads = [], {}
+    prepare, unscale = Accelerator.prepare, Accelerator.unscale_gradients
+    monkeypatch.setattr(Accelerator, "prepare", lambda self, *a: made.append(prepare(self, *a)) or made[-1])
+
+    def look(self, *args):
+        grads.update({n: p.grad.nbytes for n, p in made[0][0].named_parameters() if p.grad is not None})
+        unscale(self, *args)
+
+    monkeypatch.setattr(Accelerator, "unscale_gradients", look)
+    words = [f"--{k}={v}" for k, v in KINDS[kind].items()]
+    args = train_args(tmp_path / "run", "--max_steps", "2", *words)
+    train.main(args)
+    ((model, optimizer),) = made
+    tensors = {}  # distinct storages: 8-bit AdamW shares its two maps between all weights
+    for state in optimizer.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                tensors[value.data_ptr()] = value.nbytes
+    held = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(grads.values()),
+        "optimizer": sum(tensors.values()),
+    }
+    config = train.parse(TrainConfig, args)
+    model = plan.on_meta(config, AutoConfig.from_pretrained(config.model))
+    if config.rule == "hft":
+        train.gmt.freeze_half(model, config.seed, "sft")
+    assert plan.tensor_bytes(config, model.parameters(), 1, False) == held
+
+
+def test_bytes_under_fsdp2_are_the_largest_shard():
+    config = TrainConfig(model="m", dataset="d", output_dir="o", rule="none")
+    p = torch.nn.Parameter(torch.zeros(10, 3))
+    held = plan.tensor_bytes(config, [p], 4, True)  # torch.chunk: 3, 3, 3, 1 rows
+    assert held == {"weights": 36, "gradients": 36, "optimizer": 76}
+
+
+def test_activations_are_what_autograd_saves(model_dir):
+    config = TrainConfig(model="m", dataset="d", output_dir="o", rule="none", mixed_precision="fp32")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    weights = {p.data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            saved[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+        return t
+
+    ids = torch.zeros((3, 50), dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        sum_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
+    real = sum(n for n, _ in saved.values())
+    planned = plan.activation_bytes(config, AutoConfig.from_pretrained(model_dir), 3, 50)
+    assert abs(planned / real - 1) < 0.02
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_those_that_torch_counts(tmp_path, tied):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    folder = make_model(tmp_path, tie_word_embeddings=tied, num_key_value_heads=4)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    ids = torch.zeros((2, 64), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    # eager attention computes both halves of the causal square
+    both_halves = plan.flops_per_token(model, 2 * 64) * ids.numel()
+    assert abs(counter.get_total_flops() / both_halves - 1) < 0.02
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(tmp_path, train_args, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_model", lambda *a: 1 / 0)  # no weights
+    args = train_args(tmp_path / "run", "--rule", "gmt", "--keep_ratio", "0.3", "--save_every", "5", "--dry_run")
+    train.main(args)
+    text = capsys.readouterr().out
+    assert "parameters: 32,096, 32,096 of them trained" in text and "16 tensors, 99.5% of all parameters" in text
+    assert "70 examples, 14,895 tokens, 2,921 of them trained; 0 cut to max_length 512, 0 left out" in text
+    assert "steps: 10 of 16 examples (5 an epoch), on 1 process(es)" in text
+    assert re.search(r"2 \+ 1 checkpoints of 0.00 GiB", text) and not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    train.main(args)
+    assert "on 4 process(es), each with the whole model" in capsys.readouterr().out
+    with pytest.raises(UserError, match="global_batch_size 3, 4 processes"):
+        train.main([*args, "--global_batch_size", "3"])
+
+
+def test_dry_run_refuses_with_exit_code_2(tmp_path, train_args):
+    args = train_args(tmp_path / "run", "--rule", "gmt", "--keep_ratio", "0.3", "--exclude", "nothing", "--dry_run")
+    done = python("train.py", *args)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: exclude pattern 'nothing' matches none of the 21")
