@@ -79,7 +79,8 @@ def normalise(answer: str) -> str:
     s = s.replace(r"^{\circ}", "").replace(r"^\circ", "").replace(r"\$", "")
     if r"\text{ " in s:  # a unit on the right
         s, _ = s.split(r"\text{ ")
-    s = s.replace(r"\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    s = s.replace(r"\%", "").replace(r"\%", "")  # twice, as the original
+    s = s.replace(" .", " 0.").replace("{.", "{0.")
     if not s:
         return s
     if s[0] == ".":

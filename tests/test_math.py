@@ -14,6 +14,7 @@ from tasks.math_rules import (
     last_boxed,
     math_verify,
     metamath_answer,
+    metamath_math,
     metamath_number,
     normalise,
     open_instruct_gsm8k,
@@ -208,8 +209,8 @@ def test_8_shot_prompt_to_the_letter():
     assert base.startswith(
         "Answer the following questions.\n\nQuestion: There are 15 trees in the grove. Grove workers will plant trees "
         "in the grove today. After they are done, there will be 21 trees. How many trees did the grove workers plant "
-        "today?\nAnswer: There are 15 trees originally. Then there were 21 trees after some more were planted. So there "
-        "must have been 21 - 15 = 6. So the answer is 6.\n\nQuestion: If there are 3 cars"
+        "today?\nAnswer: There are 15 trees originally. Then there were 21 trees after some more were planted. So "
+        "there must have been 21 - 15 = 6. So the answer is 6.\n\nQuestion: If there are 3 cars"
     )
     assert base.endswith("So the answer is 8.\n\nQuestion: How many?\nAnswer:") and base.count("Question: ") == 9
     chat = task.formats["tulu"].prompt({"question": "How many? "}, None)
