@@ -145,7 +145,7 @@ def choose(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]
     """
     if not decoding.temperature:
         return logits.argmax(-1)
-    p, order = torch.softmax(logits.double() / decoding.temperature, -1).sort(-1, descending=True, stable=True)
+    p, order = torch.softmax(logits.double() / decoding.temperature, -1).sort(dim=-1, descending=True, stable=True)
     before = p.cumsum(-1) - p
     p = p.masked_fill(before >= decoding.top_p, 0.0)
     drawn = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(p.device)
