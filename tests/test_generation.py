@@ -35,9 +35,8 @@ def folder(tmp_path_factory):
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<bos>", "<eos>", "<pad>"]
-    bpe.train_from_iterator(
-        [WORDS], trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator([WORDS, " A B C D" * 500], trainer)  # so that " A" is one token
     bpe.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
@@ -183,11 +182,8 @@ def test_logprobs_are_those_of_lm_eval(folder, tmp_path):
         pairs = [(line["prompt"], f" {c}") for c in candidates]
         assert line["logprobs"] == pytest.approx(theirs(pairs), abs=1e-4)
         compared += len(pairs)
-    letters = lm.tokenizer.encode(" A", add_special_tokens=False)
-    space = lm.tokenizer.decode(letters[:-1])  # "" where " A" is one token
     for line in read(tmp_path / "m/mmlu.open_instruct.jsonl"):
-        letter = "" if space else " "
-        assert line["logprobs"] == pytest.approx(theirs([(line["prompt"], letter + c) for c in "ABCD"]), abs=1e-4)
+        assert line["logprobs"] == pytest.approx(theirs([(line["prompt"], f" {c}") for c in "ABCD"]), abs=1e-4)
         compared += 4
     assert compared == 7 * 5 + 7 * 4
 
