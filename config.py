@@ -208,7 +208,7 @@ class EvalConfig:
     )
     prompt_format: str = key("", "how prompts are written: base, tulu, chat, ...; empty: each task's own; README")
     seed: int = key(0, "of sampled completions (greedy ones have no use for it)")
-    batch_size: int = key(64, "prompts per generated batch; the unit of dealing to processes and of resuming")
+    batch_size: int = key(64, "prompts generated at a time; blocks of 4 batches are dealt to processes and resumed")
     dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "dtype of the weights; on a CPU use float32")
     workers: int = key(0, "processes that judge answers at the same time; 0: one per physical core")
     allow_unsafe_code: bool = key(False, "run the model's programs although no sandbox works on this machine")

@@ -53,10 +53,7 @@ def choose_end(folder: Path, prompts: list[str], most: int, dtype: torch.dtype, 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = generation.Model(network, tokenizer, frozenset(), 1, 2048)
     ids = sorted(tokenizer(prompts)["input_ids"], key=len, reverse=True)[: 4 * batch_size]
-    rows = []
-    for i in range(0, len(ids), batch_size):
-        part = ids[i : i + batch_size]
-        rows += generation.continue_rows(model, part, most, Decoding(most), [""] * len(part))
+    rows = generation.continue_rows(model, ids, Decoding(most), [""] * len(ids), batch_size)
     seen = Counter(t for row in rows for t in set(row[most // 16 :]))
     end = min(seen, key=lambda t: abs(seen[t] / len(rows) - 2 / 3))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
@@ -93,17 +90,10 @@ def main() -> None:
     def ours() -> None:
         ids = tokenizer(prompts)["input_ids"]
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-        answers["ours"] = [""] * len(ids)
-        lengths = []
-        for start in range(0, len(order), args.batch_size):
-            batch = order[start : start + args.batch_size]
-            decoding = Decoding(args.max_new_tokens, STOP)
-            for i, said in zip(
-                batch, generation.generate(model, [ids[i] for i in batch], decoding, batch), strict=True
-            ):
-                answers["ours"][i] = said["completion"]
-                lengths.append(said["tokens"])
-        answers["lengths"] = lengths
+        decoding = Decoding(args.max_new_tokens, STOP)
+        said = generation.generate(model, [ids[i] for i in order], decoding, [""] * len(order), args.batch_size)
+        said = [s for _, s in sorted(zip(order, said, strict=True), key=lambda pair: pair[0])]
+        answers["ours"], answers["lengths"] = [s["completion"] for s in said], [s["tokens"] for s in said]
 
     def lm_eval() -> None:
         how = {"until": list(STOP), "max_gen_toks": args.max_new_tokens, "do_sample": False}
