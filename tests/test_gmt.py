@@ -210,6 +210,19 @@ def test_random_scores_are_pinned():
     assert scores == [1915592351, 237355098, 615727587, 64217843]
 
 
+def test_random_scores_equal_their_definition():
+    """In Python's integers, which do not overflow; also where offsets pass 2**31, as in a large stack of experts."""
+    for offset in (0, 2**31 - 3, 2**40 + 1):
+        got = gmt.score_rmt(gmt.Entries(torch.zeros(6), torch.zeros(6), offset, 7)).tolist()
+        expected = []
+        for x in range(offset, offset + 6):
+            for r, odd in enumerate((0x2C1B3C6D, 0x297A2D39, 0x7FEB352D)):
+                x = (((x ^ gmt._mix64(7 + r)) & (2**31 - 1)) * odd) & (2**31 - 1)
+                x ^= x >> 15
+            expected.append(x)
+        assert got == expected
+
+
 def test_wrapped_names_give_the_same_masks():
     masks = []
     for name in ("w", "module.w", "module._orig_mod.w"):
