@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,10 +107,17 @@ def torchrun(
     result is that of the first one.
     """
     started = []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     for machine in range(machines):
         where = ["--standalone"]
         if machines > 1:
-            where = [f"--nnodes={machines}", f"--node_rank={machine}", "--master_addr=127.0.0.1", "--master_port=29611"]
+            where = [
+                f"--nnodes={machines}",
+                f"--node_rank={machine}",
+                "--master_addr=127.0.0.1",
+                f"--master_port={port}",
+            ]
         started.append(
             subprocess.Popen(
                 [
