@@ -63,15 +63,22 @@ class TrainConfig:
 
     # model and data
     model: str = key(help="folder or Hub id of the model to fine-tune")
-    dataset: str = key(help="training rows: a .jsonl, .json (also .gz) or .parquet file, a folder of them, or a Hub id")
+    dataset: list[str] = key(
+        help="training rows, each entry a .jsonl, .json (also .gz) or .parquet file, a folder of them, or a Hub id; "
+        "SOURCE:N takes its first N rows"
+    )
     output_dir: str = key(help="folder of this run: log, checkpoints, final model")
     tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")
     dataset_split: str = key("train", "split of a Hub dataset")
-    template: str = key("metamath", "prompt template, a word of TEMPLATES in data.py")
+    template: str = key(
+        "metamath",
+        "how a row becomes text: metamath, magicoder, prompt_response, tulu, chat (the tokenizer's own chat template), "
+        "or one added to templates.py",
+    )
     max_length: int = key(512, "tokens per example at most")
     overlong: Literal["truncate", "drop"] = key("truncate", "what happens to longer examples")
-    max_train_rows: int = key(0, "use only the first N rows of the dataset; 0: all")
     eval_rows: int = key(0, "hold out N random rows for the evaluation loss")
+    tokenise_processes: int = key(0, "processes that tokenise; 0: one per core and 10,000 rows")
 
     # the method
     rule: str = key(
@@ -131,6 +138,8 @@ class TrainConfig:
 
     def __post_init__(self):
         """Raise UserError where keys contradict each other or are out of range."""
+        if not self.dataset:
+            raise UserError("dataset is empty: name at least one file, folder or Hub id")
         if self.rule not in gmt.rules():
             raise UserError(f"rule: unknown word {self.rule!r}{nearest(self.rule, gmt.rules())}")
         masks = gmt.masks_entries(self.rule)
@@ -162,7 +171,7 @@ class TrainConfig:
 
         at_least = {
             **dict.fromkeys(("epochs", "global_batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"), 1),
-            **dict.fromkeys(("max_train_rows", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
+            **dict.fromkeys(("tokenise_processes", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
             **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
             **dict.fromkeys(("calibration_steps", "save_every_minutes", "log_masks_every", "max_skipped_steps"), 0),
             "max_length": 2,

@@ -36,10 +36,11 @@ from transformers.utils import logging as transformers_logging
 
 import run_folder
 from config import EvalConfig, UserError, nearest, parse, run_main
-from data import encode_prompts, load_rows
 from hub import from_pretrained, is_local
+from sources import load_rows
 from tasks import TASKS
 from tasks.task import Task
+from templates import encode_prompts
 
 SCORES, SETTINGS = "scores.json", "settings.json"
 

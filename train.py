@@ -30,11 +30,9 @@ import plan
 import run_folder
 from config import TrainConfig, UserError, nearest, parse, run_main
 from data import (
-    TEMPLATES,
     Examples,
     collate,
-    data_files,
-    load_rows,
+    describe_example,
     micro_batches,
     permutation,
     step_examples,
@@ -43,9 +41,11 @@ from data import (
 )
 from hub import from_pretrained, is_local
 from losses import sum_cross_entropy
+from sources import data_files, load_all, split_cap
+from templates import TEMPLATES
 
 # Keys that may differ between a run and its resumption: they do not change what is computed.
-FREE_TO_CHANGE = {"output_dir", "resume", "resume_changed", "overwrite"} | {
+FREE_TO_CHANGE = {"output_dir", "resume", "resume_changed", "overwrite", "tokenise_processes"} | {
     "save_every", "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard",
     "eval_every", "max_skipped_steps", "trackers",
 }  # fmt: skip
@@ -92,7 +92,8 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     say(masker.summary())
     say(
         f"{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, {examples.dropped} left"
-        f" out, {len(held_out)} held out), {examples.lengths.sum()} tokens, {examples.trained.sum()} of them trained\n"
+        f" out, {examples.empty} with an empty message left out, {len(held_out)} held out), {examples.lengths.sum()} "
+        f"tokens, {examples.trained.sum()} of them trained\n{describe_example(tokenizer, examples)}\n"
         f"{total_steps} steps of {config.global_batch_size} examples on {accelerator.num_processes} process(es), "
         f"{steps_per_epoch(len(examples), config.global_batch_size)} steps an epoch"
     )
@@ -251,11 +252,13 @@ def check_paths(config: TrainConfig) -> None:
     run_folder.check(folder, config.resume, config.overwrite)
     if config.resume:
         refuse_changes(config, folder, {"config": asdict(config), **run_folder.environment()})
-    data_files(config.dataset)
-    for name in ("model", "tokenizer", "dataset"):
-        inside = Path(getattr(config, name)).expanduser().resolve().is_relative_to(folder.resolve())
-        if config.overwrite and getattr(config, name) and inside:
-            raise UserError(f"overwrite would delete {name} {getattr(config, name)}: choose another output_dir")
+    datasets = [split_cap(source)[0] for source in config.dataset]
+    for source in datasets:
+        data_files(source)
+    for name, path in [("model", config.model), ("tokenizer", config.tokenizer), *(("dataset", d) for d in datasets)]:
+        inside = Path(path).expanduser().resolve().is_relative_to(folder.resolve())
+        if config.overwrite and path and inside:
+            raise UserError(f"overwrite would delete {name} {path}: choose another output_dir")
     for name in ("model", "tokenizer"):
         path = getattr(config, name)
         if path and is_local(path) and not Path(path).is_dir():
@@ -283,15 +286,14 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     if config.template not in TEMPLATES:
         raise UserError(f"template: unknown word {config.template!r}{nearest(config.template, TEMPLATES)}")
-    columns = TEMPLATES[config.template].columns
-    rows = load_rows(config.dataset, columns, config.dataset_split, config.max_train_rows)
-    examples = tokenise(rows, tokenizer, config.template, config.max_length, config.overlong)
+    rows = load_all(config.dataset, TEMPLATES[config.template].columns, config.dataset_split)
+    examples = tokenise(rows, tokenizer, config.template, config.max_length, config.overlong, config.tokenise_processes)
     if config.eval_rows >= len(examples):
         raise UserError(f"eval_rows {config.eval_rows} leaves nothing to train on: there are {len(examples)} examples")
     order = permutation(len(examples), config.seed, -1)
     held_out, rest = np.sort(order[: config.eval_rows]), np.sort(order[config.eval_rows :])
     training = examples.select(rest)
-    training.truncated, training.dropped = examples.truncated, examples.dropped
+    training.truncated, training.dropped, training.empty = examples.truncated, examples.dropped, examples.empty
     return tokenizer, training, examples.select(held_out)
 
 

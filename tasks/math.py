@@ -2,8 +2,8 @@
 
 import re
 
-from data import ALPACA
 from tasks.task import Task
+from templates import ALPACA
 
 # vLLM's `stop` in MetaMath's script, in its order
 METAMATH_STOP = tuple(

@@ -325,10 +325,10 @@ def test_data_dir_holds_a_copy_of_each_benchmark(tmp_path, model_dir):
 
 
 def test_the_hub_is_asked_for_the_right_split(monkeypatch):
-    import data
+    import sources
 
     asked = []
-    monkeypatch.setattr(data, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
+    monkeypatch.setattr(sources, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
     with pytest.raises(UserError, match=r"dataset openai/gsm8k, split test: no local path, and neither Hub nor cache"):
         evaluation.load_items(TASKS["gsm8k"], "", 0)
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]

@@ -17,6 +17,8 @@ import checkpoint
 import data
 import gmt
 import run_folder
+import sources
+import templates
 import train
 from config import TrainConfig, UserError
 
@@ -78,7 +80,7 @@ def test_first_step_is_masked_adamw_on_the_token_mean_loss(tmp_path, train_args,
     from transformers import AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    rows = data.load_rows(str(rows_file), ("query", "response"))
+    rows = sources.load_rows(str(rows_file), ("query", "response"))
     examples = data.tokenise(rows, AutoTokenizer.from_pretrained(model_dir), "metamath", 512)
     total, count = 0.0, 0
     for i in data.step_examples(70, 16, 0, 0).tolist():
@@ -190,9 +192,19 @@ def crash_after(monkeypatch, step):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_resume_is_bitwise(tmp_path, train_args, rule, monkeypatch):
+def test_resume_is_bitwise(tmp_path, train_args, rows_file, rule, monkeypatch):
     """Cut in the middle of the second epoch, between two checkpoints; the same losses, masks and weights come out."""
-    words = [*RULES[rule], "--save_every", "2", "--eval_rows", "5", "--warmup_ratio", "0.2", "--max_train_rows", "69"]
+    words = [
+        *RULES[rule],
+        "--save_every",
+        "2",
+        "--eval_rows",
+        "5",
+        "--warmup_ratio",
+        "0.2",
+        "--dataset",
+        f"{rows_file}:69",
+    ]
     train.main(train_args(tmp_path / "whole", *words))
     with monkeypatch.context() as m, pytest.raises(Crash):
         crash_after(m, 7)
@@ -465,7 +477,6 @@ PLAIN = {
 CHANGE_WEIGHTS = {
     "max_length": {"max_length": 200},
     "overlong": {"max_length": 215, "overlong": "drop"},
-    "max_train_rows": {"max_train_rows": 40},
     "eval_rows": {"eval_rows": 10},
     "rule": {"rule": "rmt"},
     "keep_ratio": {"keep_ratio": 0.1},
@@ -497,6 +508,7 @@ SHOWN_BY = {
     "tokenizer": "test_keys_that_name_things",
     "template": "test_keys_that_name_things",
     "output_dir": "test_keys_that_name_things",
+    "tokenise_processes": "test_data.py: test_tokenising_on_processes_gives_the_same_examples",
     "dataset_split": "test_data.py: test_hub_datasets_are_asked_for_by_id_and_split",
     "per_device_batch_size": "test_gradients_of_any_split_agree_in_fp32",
     "micro_batch_tokens": "test_gradients_of_any_split_agree_in_fp32",
@@ -550,8 +562,8 @@ def test_the_same_settings_give_the_same_weights(tmp_path, plain_run):
 def test_keys_that_name_things(tmp_path, plain_run, monkeypatch, rows_file):
     args, plain, _ = plain_run
     other_rows = write_rows(tmp_path / "r.jsonl", [{"query": f"{i}", "response": f"{i}"} for i in range(30)])
-    shouting = data.Template(("query", "response"), lambda row: (row["query"].upper(), row["response"]))
-    monkeypatch.setitem(data.TEMPLATES, "shouting", shouting)
+    shouting = templates.Pair(("query", "response"), lambda row: (row["query"].upper(), row["response"]))
+    monkeypatch.setitem(templates.TEMPLATES, "shouting", shouting)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args["model"])
