@@ -4,3 +4,4 @@ from tasks.math import GSM8K
 from tasks.task import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (GSM8K,)}
+GROUPS: dict[str, list[str]] = {}  # words for several tasks

@@ -3,7 +3,8 @@
 import re
 
 from data import ALPACA
-from tasks.task import Task
+from tasks.source import Source
+from tasks.task import Format, Task, each
 
 # vLLM's `stop` in MetaMath's script, in its order
 METAMATH_STOP = tuple(
@@ -11,7 +12,7 @@ METAMATH_STOP = tuple(
 )
 
 
-def metamath_prompt(item: dict) -> str:
+def metamath_prompt(item: dict, tokenizer: object = None) -> str:
     """The whole question is the instruction: it is not split into instruction and input as training rows are."""
     return ALPACA.format_map({"instruction": item["question"]}) + " Let's think step by step."
 
@@ -55,15 +56,17 @@ def score_gsm8k(item: dict, completion: str) -> dict:
     return {"extracted": extracted, "gold": gsm8k_gold(item), "correct": correct}
 
 
+def load_gsm8k(source: Source) -> list[dict]:
+    items = source.rows("gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), ("question", "answer"))
+    return source.checked(items, gsm8k_gold)
+
+
 GSM8K = Task(
     name="gsm8k",
     protocol="metamath",
-    hub=("openai/gsm8k", "main", "test"),
-    file="gsm8k/test.jsonl",
-    columns=("question", "answer"),
-    check=gsm8k_gold,
-    prompt=metamath_prompt,
-    score=score_gsm8k,
+    load=load_gsm8k,
+    formats={"alpaca": Format(metamath_prompt, METAMATH_STOP)},
+    judge=each(score_gsm8k),
     max_new_tokens=512,
-    stop=METAMATH_STOP,
+    versions={1319: "main/test"},
 )

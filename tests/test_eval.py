@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config
 import eval as evaluation
+import generation
 from config import UserError
 from tasks import TASKS
-from tasks.math import gsm8k_gold, metamath_number, metamath_prompt, score_gsm8k
+from tasks.math import METAMATH_STOP, gsm8k_gold, metamath_number, metamath_prompt, score_gsm8k
+from tasks.task import Format
 
 # --- MetaMath's rule -------------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ def test_prompt_to_the_letter():
 
 
 def test_stop_strings_are_metamaths():
-    assert set(TASKS["gsm8k"].stop) == {
+    assert set(TASKS["gsm8k"].formats["alpaca"].stop) == {
         "Question:", "Question", "USER:", "USER", "ASSISTANT:", "ASSISTANT", "Instruction:", "Instruction",
         "Response:", "Response",
     }  # fmt: skip
@@ -139,10 +141,10 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_di
             if ids[-1] == 1:
                 break
         new = ids[len(line["prompt_ids"]) :]
-        assert line["completion"] == tokenizer.decode(new, skip_special_tokens=True)
-        assert line["finish"] == ("eos" if new[-1] == 1 else "length")
+        assert line["completions"] == [tokenizer.decode(new, skip_special_tokens=True)]
+        assert line["finish"] == ["eos" if new[-1] == 1 else "length"]
     entry = scores["gsm8k.metamath"]
-    assert entry["n"] == 7 and entry["cut_at_length"] == sum(line["finish"] == "length" for line in lines)
+    assert entry["n"] == 7 and entry["cut_at_length"] == sum(line["finish"] == ["length"] for line in lines)
     assert json.loads((tmp_path / "eval" / "scores.json").read_text())["gsm8k.metamath"]["score"] == entry["score"]
 
 
@@ -165,7 +167,8 @@ class Scripted:
     ],
 )
 def test_finish(new, completion, tokens, why):
-    got = evaluation.finish(Scripted(), [65, 66], [ord(c) for c in new], {0}, TASKS["gsm8k"].stop)
+    scripted = generation.Model(None, Scripted(), frozenset({0}), 0, 512)
+    got = generation.finish(scripted, [65, 66], [ord(c) for c in new], METAMATH_STOP)
     assert got == {"completion": completion, "tokens": tokens, "finish": why}
 
 
@@ -186,13 +189,9 @@ def test_a_row_stops_soon_after_a_stop_string(tmp_path, model_dir):
         return CausalLMOutputWithPast(logits=logits)
 
     model.forward = forward
-    import dataclasses
-
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=[1], pad_token_id=2)
-    long = dataclasses.replace(TASKS["gsm8k"], max_new_tokens=300)
-    (got,) = evaluation.generate(model, tokenizer, [tokenizer("q")["input_ids"]], long)
+    ready = generation.Model(model, tokenizer, frozenset({1}), 2, 512)
+    long = generation.Decoding(300, METAMATH_STOP)
+    (got,) = generation.generate(ready, [tokenizer("q")["input_ids"]], long, ["0"])
     assert got["completion"] == " x" and got["finish"] == "stop" and len(calls) <= 20
 
 
@@ -202,7 +201,7 @@ def test_a_prompt_beyond_the_context_is_counted_and_wrong(tmp_path):
     write_rows(tmp_path / "items.jsonl", rows)
     entry = evaluation.main(args(tmp_path, model))["gsm8k.metamath"]
     assert entry["prompt_too_long"] == 1 and entry["n"] == 2
-    assert [line["finish"] == "too_long" for line in stored(tmp_path / "eval")] == [False, True]
+    assert [line["finish"] == ["too_long"] for line in stored(tmp_path / "eval")] == [False, True]
 
 
 # --- scores, resumption ----------------------------------------------------------------------------------------------
@@ -213,11 +212,11 @@ def test_score_and_standard_error(tmp_path, model_dir):
     evaluation.main(args(tmp_path, model_dir))
     lines = stored(tmp_path / "eval")
     for line in lines[:2]:
-        line["completion"] = f"The answer is: {line['id']}"
+        line["completions"] = [f"The answer is: {line['id']}"]
     (tmp_path / "eval" / "gsm8k.metamath.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--tasks", "gsm8k", "--score_only", "--output_dir", str(tmp_path / "eval")]
     entry = evaluation.main(words)["gsm8k.metamath"]  # without model and data
-    assert (entry["score"], entry["correct"], entry["n"]) == (0.4, 2, 5)
+    assert (entry["score"], entry["n"]) == (0.4, 5)
     assert entry["standard_error"] == pytest.approx((0.4 * 0.6 / 4) ** 0.5)
     assert [line["correct"] for line in stored(tmp_path / "eval")] == [True, True, False, False, False]
 
@@ -231,7 +230,7 @@ def test_limit_takes_the_first_items(tmp_path, model_dir):
 def test_a_cut_run_goes_on_and_a_finished_one_is_reused(tmp_path, model_dir, monkeypatch):
     items_file(tmp_path)
     evaluation.main(args(tmp_path, model_dir, out="whole"))
-    generate, calls = evaluation.generate, []
+    generate, calls = generation.generate, []
 
     def cut(*a):
         calls.append(1)
@@ -239,7 +238,7 @@ def test_a_cut_run_goes_on_and_a_finished_one_is_reused(tmp_path, model_dir, mon
             raise KeyboardInterrupt
         return generate(*a)
 
-    monkeypatch.setattr(evaluation, "generate", cut)
+    monkeypatch.setattr(generation, "generate", cut)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(args(tmp_path, model_dir))
     evaluation.main(args(tmp_path, model_dir))
@@ -275,7 +274,8 @@ def test_nothing_stale_is_reused(tmp_path, monkeypatch):
     items_file(tmp_path, 3)
     model = make_model(tmp_path / "m")
     evaluation.main(args(tmp_path, model))
-    other = dataclasses.replace(TASKS["gsm8k"], prompt=lambda item: item["question"])
+    formats = {"alpaca": Format(lambda item, tokenizer: item["question"], METAMATH_STOP)}
+    other = dataclasses.replace(TASKS["gsm8k"], formats=formats)
     with monkeypatch.context() as m, pytest.raises(UserError, match="prompts_sha256"):
         m.setitem(TASKS, "gsm8k", other)
         evaluation.main(args(tmp_path, model))
@@ -313,8 +313,8 @@ def test_a_long_prompt_does_not_cut_the_answers_of_its_batch(tmp_path):
     evaluation.main(args(tmp_path, model, "--batch_size", "4"))
     evaluation.main(args(tmp_path, model, "--batch_size", "1", out="single"))
     together, alone = stored(tmp_path / "eval"), stored(tmp_path / "single")
-    assert together == alone and [line["finish"] for line in alone] == ["length"] * 4
-    assert alone[0]["tokens"] == alone[3]["tokens"] == 24 > alone[1]["tokens"] == alone[2]["tokens"] > 0
+    assert together == alone and [line["finish"] for line in alone] == [["length"]] * 4
+    assert alone[0]["tokens"] == alone[3]["tokens"] == [24] > alone[1]["tokens"] == alone[2]["tokens"] > [0]
 
 
 def test_data_dir_holds_a_copy_of_each_benchmark(tmp_path, model_dir):
@@ -325,12 +325,12 @@ def test_data_dir_holds_a_copy_of_each_benchmark(tmp_path, model_dir):
 
 
 def test_the_hub_is_asked_for_the_right_split(monkeypatch):
-    import data
+    import datasets
 
     asked = []
-    monkeypatch.setattr(data, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
     with pytest.raises(UserError, match=r"dataset openai/gsm8k, split test: no local path, and neither Hub nor cache"):
-        evaluation.load_items(TASKS["gsm8k"], "", 0)
+        evaluation.load_items(evaluation.choose_tasks(config.EvalConfig(["gsm8k"], "o"))[0], 0)
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
