@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("GMT_DATA_DIR", "/nonexistent"))  # real benchmark files, where there are any
 torch.set_num_threads(1)  # tiny tensors; and the same arithmetic in every test
 
 
@@ -65,6 +66,12 @@ def make_model(folder: Path, seed: int = 0, **overrides) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+def needs_data(*files: str) -> pytest.MarkDecorator:
+    """Skip a test where GMT_DATA_DIR has not these files."""
+    missing = [f for f in files if not (DATA / f).exists()]
+    return pytest.mark.skipif(bool(missing), reason=f"GMT_DATA_DIR names no folder with {', '.join(missing)}")
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

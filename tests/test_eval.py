@@ -1,7 +1,6 @@
 """Scores: extraction rules, generation, resumption: pytest tests/test_eval.py"""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,87 +13,8 @@ import eval as evaluation
 import generation
 from config import UserError
 from tasks import TASKS
-from tasks.math import METAMATH_STOP, gsm8k_gold, metamath_number, metamath_prompt, score_gsm8k
+from tasks.math import METAMATH_STOP, metamath_prompt
 from tasks.task import Format
-
-# --- MetaMath's rule -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("completion", "number"),
-    [
-        ("So 3+4=7. The answer is: 7", 7),
-        ("The answer is: 7.", 7),
-        ("The answer is: -12 apples", -12),
-        ("The answer is: +5", 5),
-        ("The answer is: $18", 18),
-        ("The answer is: 1,450", 1450),
-        ("The answer is: 1,450,000", 1450),  # one separator only
-        ("The answer is: 3,5", 35),
-        ("The answer is: 2.5", 2),  # Python rounds half to even
-        ("The answer is: 3.5", 4),
-        ("The answer is: .75", 1),
-        ("The answer is: 1/2", 0),
-        ("The answer is: 7/2", 4),
-        ("The answer is: -9/4", -2),
-        ("The answer is: 5/0", 5),  # the numerator
-        ("The answer is: 5/00", None),
-        ("The answer is: /5", None),  # matched as "/5", whose numerator is no number
-        ("The answer is: 4. The answer is: 6", 6),  # the last one
-        ("The answer is: 4 The answer is:6", 4),  # the space belongs to the phrase
-        ("The answer is 7", None),  # and so does the colon
-        ("the answer is: 7", None),
-        ("The answer is: seven", None),
-        ("The answer is: ", None),
-        ("", None),
-        ("7", None),
-        ("The answer is: " + "9" * 400, None),  # infinity
-        ("The answer is: ٣", 3),  # \d is any Unicode digit in the original, too
-    ],
-)
-def test_metamath_number(completion, number):
-    assert metamath_number(completion) == number
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold"),
-    [("x\n#### 18", 18), ("#### 1,450,000", 1450000), ("#### -3", -3), ("a 5", None), ("#### 1.5", None)],
-)
-def test_gsm8k_gold(answer, gold):
-    if gold is None:
-        with pytest.raises(ValueError, match="must end in '#### ' and a whole number"):
-            gsm8k_gold({"answer": answer})
-    else:
-        assert gsm8k_gold({"answer": answer}) == gold
-
-
-def test_prompt_to_the_letter():
-    assert metamath_prompt({"question": "How many\n{x}?"}) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nHow many\n{x}?\n\n### Response: Let's think step by step."
-    )
-
-
-def test_stop_strings_are_metamaths():
-    assert set(TASKS["gsm8k"].formats["alpaca"].stop) == {
-        "Question:", "Question", "USER:", "USER", "ASSISTANT:", "ASSISTANT", "Instruction:", "Instruction",
-        "Response:", "Response",
-    }  # fmt: skip
-
-
-REAL = Path(os.environ.get("GMT_DATA_DIR", "/nonexistent")) / "gsm8k" / "test.jsonl"
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="GMT_DATA_DIR names no folder with gsm8k/test.jsonl")
-def test_every_real_gold_scores_one():
-    """1,319 of 1,319 without commas; with commas 1,318: the rule takes one separator, and one gold has two."""
-    items = [json.loads(line) for line in REAL.read_text().splitlines()]
-    assert len(items) == 1319
-    plain = [score_gsm8k(i, f"Thus. The answer is: {gsm8k_gold(i)}")["correct"] for i in items]
-    commas = [score_gsm8k(i, f"Thus. The answer is: {i['answer'].split('#### ')[1]}")["correct"] for i in items]
-    wrong = [score_gsm8k(i, f"Thus. The answer is: {gsm8k_gold(i) + 1}")["correct"] for i in items]
-    assert (sum(plain), sum(commas), sum(wrong)) == (1319, 1318, 0)
-
 
 # --- generation ------------------------------------------------------------------------------------------------------
 
@@ -132,7 +52,7 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_di
     assert [line["id"] for line in lines] == list(range(7))
     for line in lines:
         assert (
-            line["prompt"] == metamath_prompt(line["item"])
+            line["prompt"] == metamath_prompt(line["item"]["question"])
             and line["prompt_ids"] == tokenizer(line["prompt"])["input_ids"]
         )
         ids = list(line["prompt_ids"])
