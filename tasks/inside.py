@@ -185,7 +185,8 @@ class Candidate:
 
     def ready(self, timeout):
         """Wait until the process is up; what it runs has not begun by then."""
-        return receive(self.sock, time.monotonic() + timeout) == "ready"
+        if receive(self.sock, time.monotonic() + timeout) != "ready":
+            raise ValueError("the candidate's process is not what it should be")
 
     def ask(self, verb, target, *rest, timeout=None):
         limits = [self.deadline] if timeout is None else [self.deadline, time.monotonic() + timeout]
@@ -274,17 +275,12 @@ def main(role, limits, fd, paths):
     namespace = {"__name__": "judges"}
     exec(compile(job["judges"], "judges.py", "exec"), namespace)
     candidate = Candidate(sock)
-    try:
-        started = candidate.ready(job["patience"])
-    except (EOFError, OSError):
-        started = False
-    verdict = {"status": "not_started"}
-    if started:
-        signal.signal(signal.SIGALRM, alarm)
-        signal.setitimer(signal.ITIMER_REAL, job["seconds"])
-        candidate.deadline = time.monotonic() + job["seconds"]
-        verdict = namespace[job["judge"]](candidate, job["data"])
-    json.dump(verdict, out)
+    candidate.ready(job["patience"])
+    out.write("started\n")
+    signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+    candidate.deadline = time.monotonic() + job["seconds"]
+    json.dump(namespace[job["judge"]](candidate, job["data"]), out)
     out.flush()
 
 
