@@ -1,5 +1,6 @@
 """Where the rows of benchmarks come from: one file, a folder of local copies, or the Hugging Face Hub."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,17 @@ class Source:
                 if row.get(column) is None:
                     raise UserError(f"{where}, item {i}: no column {column!r}; it has {', '.join(map(repr, row))}")
         return rows
+
+    def json(self, path: str, hub: tuple[str, str | None, str], key: str, columns: tuple[str, ...]) -> list[dict]:
+        """The rows under `key` of a local JSON file, or those of the Hub."""
+        if not self.folder:
+            return self.rows("", hub, columns)
+        found = self.local(path, hub[0])
+        try:
+            rows = json.loads(found.read_text(encoding="utf-8"))[key]
+            return [{column: row[column] for column in columns} for row in rows]
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{found}: expected {{{key!r}: [...]}} with {', '.join(columns)}: {e!r}") from None
 
     def local(self, path: str, origin: str, items: bool = False) -> Path:
         """A file of `folder` (or, for items, `file`) that `rows` cannot read.
