@@ -14,24 +14,29 @@ from tasks.inside import Failed, Remote
 def judge_asserts(candidate, data):
     """Run tests that are Python code (HumanEval's `check`, MBPP's asserts).
 
-    data: program; reference, executed here, gives the tests the names that they use; remote, names that stand for the
-    program's own function, or None: every function and class that the reference defines; tests.
+    data: program; reference, executed here, gives the tests the names that they use; remote, those of them that are the
+    program's instead (None: every function and class of the reference); tests, {group: code}, of which one that is not
+    passed fails the following ones, too.
     """
     namespace = {"__name__": "reference"}
     exec(data["reference"], namespace)
     remote = data["remote"] or [
         name for name, x in namespace.items() if callable(x) and getattr(x, "__module__", "") == "reference"
     ]
-    namespace.update({name: Remote(candidate, data["entry_point"] or name) for name in remote})
+    namespace.update({name: Remote(candidate, name) for name in remote})
+    verdict = dict.fromkeys(data["tests"], "failed")
+    group, status, reason = "", "passed", ""
     try:
         candidate.load(data["program"])
-        exec(data["tests"], namespace)
-        status, reason = candidate.failure or "passed", ""
-    except Failed as e:
-        status, reason = e.why, ""
-    except Exception as e:
-        status, reason = candidate.failure or "failed", repr(e)[:300]
-    return {"base": status, "reason": reason}
+        for group, tests in data["tests"].items():
+            exec(tests, namespace)
+            if candidate.failure:
+                raise Failed(candidate.failure)
+            verdict[group] = "passed"
+    except (Failed, Exception) as e:
+        status = e.why if isinstance(e, Failed) else candidate.failure or "failed"
+        reason = f"{group} {e!r:.300}".strip()
+    return {**{g: v if v == "passed" else status for g, v in verdict.items()}, "reason": reason}
 
 
 def judge_inputs(candidate, data):
