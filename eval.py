@@ -342,7 +342,7 @@ def score(config: EvalConfig, folder: Path, job: Job, options: Options) -> dict[
         items = job.items if job.items is not None else load_items(job, settings.get("limit", 0))
         if digest(items) != settings.get("dataset_sha256"):
             raise UserError(f"task {task.name}: the items in {job.source.read} are not those of the stored answers")
-    verdicts = task.judge(items, lines, options)
+    verdicts = task.judge(items, [{**line, "format": job.format} for line in lines], options)
     for line, verdict in zip(lines, verdicts, strict=True):
         line.update(verdict)
         if too_long(line):
