@@ -23,6 +23,8 @@ wait_for() { # wait for a process to its end: a trapped signal ends `wait` early
 
 if [ "${1:-}" = --this-machine ]; then # what srun starts once on each machine
     shift
+    # The launcher hands no signal on, and would die of this one: its children, the training processes, get it.
+    trap 'pkill -USR1 -P "$launcher" || true' USR1
     gpus="${SLURM_GPUS_ON_NODE:-8}"
     accelerate launch --config_file configs/accelerate/fsdp2_multinode.yaml \
         --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * gpus)) --machine_rank "$SLURM_NODEID" \
@@ -30,21 +32,19 @@ if [ "${1:-}" = --this-machine ]; then # what srun starts once on each machine
         --parallelism_config_dp_replicate_size "$SLURM_NNODES" --parallelism_config_dp_shard_size "$gpus" \
         train.py "$@" &
     launcher=$!
-    # The launcher hands no signal on, and would die of this one: its children, the training processes, get it.
-    trap 'pkill -USR1 -P "$launcher" || true' USR1
     wait_for "$launcher"
     exit "$code"
 fi
 
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
-MAIN_ADDRESS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MAIN_ADDRESS
+machines="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+export MAIN_ADDRESS="${machines%%$'\n'*}"
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then set -- "$@" --resume; fi
 
-srun bash scripts/slurm.sh --this-machine "$@" &
-steps=$!
 stopped=
 trap 'stopped=1; kill -USR1 "$steps" 2>/dev/null || true' USR1 # srun hands it on to the machines
+srun bash scripts/slurm.sh --this-machine "$@" &
+steps=$!
 wait_for "$steps"
 if [ -n "$stopped" ] && [ "$code" != 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

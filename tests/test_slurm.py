@@ -17,8 +17,8 @@ from config import TrainConfig, UserError
 STAND_INS = {
     # one task on each of two machines; signals are handed on
     "srun": """
-        for machine in 0 1; do SLURM_NODEID=$machine "$@" & tasks="${tasks:-} $!"; done
         trap 'kill -USR1 $tasks' USR1
+        for machine in 0 1; do SLURM_NODEID=$machine "$@" & tasks="${tasks:-} $!"; done
         for task in $tasks; do while kill -0 $task 2>/dev/null; do wait $task; code=$?; done; done
         exit $code""",
     "scontrol": """
