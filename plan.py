@@ -138,7 +138,9 @@ def activation_bytes(
                 layer._gradient_checkpointing_func = checkpointed
         batch = {"input_ids": torch.zeros((rows, length), dtype=torch.long)}
         batch["positions"] = batch["targets"] = torch.zeros(trained, dtype=torch.long)
-        autocast = torch.autocast("cpu", dtype=precision or torch.bfloat16, enabled=precision is not None)
+        autocast = torch.autocast(
+            "cpu", dtype=precision or torch.bfloat16, enabled=precision is not None, cache_enabled=False
+        )
         with autocast, saved.hooks():
             model.train()(**batch).sum()
     mask = rows * length * length if packed and config.attention != "flash_attention_2" else 0  # of bool
