@@ -112,6 +112,15 @@ class TrainConfig:
     global_batch_size: int = key(128, "examples per optimizer step, over all processes")
     per_device_batch_size: int = key(0, "examples per forward pass at most; 0: by micro_batch_tokens alone")
     micro_batch_tokens: int = key(16384, "tokens per forward pass at most, padding included")
+    packing: Literal["auto", "on", "off"] = key(
+        "auto",
+        "several examples in a row, none seeing another; auto: with flash_attention_2, which knows a row's parts, if a "
+        "check of the model at the start finds them kept apart; on: also by a mask, or an error; off: sorted by length",
+    )
+    loss_chunk: int = key(1024, "trained tokens whose logits exist at once; 0: all of a forward pass")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = key("sdpa", "transformers' implementation of attention")
+    gradient_checkpointing: bool = key(False, "keep a layer's input alone and compute the layer again: memory for time")
+    compile: bool = key(False, "torch.compile of each layer")
     seed: int = key(0, "of the order of examples, the random rules and dropout")
 
     # precision
@@ -172,7 +181,7 @@ class TrainConfig:
         at_least = {
             **dict.fromkeys(("epochs", "global_batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"), 1),
             **dict.fromkeys(("tokenise_processes", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
-            **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
+            **dict.fromkeys(("loss_chunk", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
             **dict.fromkeys(("calibration_steps", "save_every_minutes", "log_masks_every", "max_skipped_steps"), 0),
             "max_length": 2,
         }
@@ -192,6 +201,13 @@ class TrainConfig:
                 f"one example may have max_length {self.max_length} tokens, but a forward pass takes "
                 f"micro_batch_tokens {self.micro_batch_tokens}: raise the one or lower the other"
             )
+        if self.packing == "on" and self.per_device_batch_size:
+            raise UserError("packing on fills rows up to micro_batch_tokens: leave per_device_batch_size out")
+        if self.attention == "flash_attention_2":
+            if importlib.util.find_spec("flash_attn") is None:
+                raise UserError("attention flash_attention_2: pip install flash-attn, or use sdpa")
+            if self.mixed_precision == "fp32":
+                raise UserError("attention flash_attention_2 computes in 16 bits: use mixed_precision bf16, or sdpa")
         if self.master_dtype == "float64" and self.mixed_precision != "fp32":
             raise UserError(f"master_dtype float64 needs mixed_precision fp32, got {self.mixed_precision}")
         if self.eval_every and not self.eval_rows:

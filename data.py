@@ -5,6 +5,7 @@ micro-batches and processes only decide how the sum over that list is computed. 
 training on 1 or N processes.
 """
 
+import bisect
 import functools
 import hashlib
 import itertools
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.compute
 import torch
 from datasets import Dataset, Features, List, Value
@@ -195,45 +197,97 @@ def step_examples(n: int, global_batch_size: int, seed: int, step: int) -> np.nd
     return permutation(n, seed, epoch)[position * global_batch_size : (position + 1) * global_batch_size]
 
 
-def micro_batches(
-    ids: np.ndarray, lengths: np.ndarray, world_size: int, max_tokens: int, max_examples: int = 0
-) -> list[list[list[int]]]:
-    """Deal a step's examples to processes as length-sorted micro-batches: [process][micro-batch] -> ids.
+def pack(ids: np.ndarray, lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
+    """Rows of at most row_tokens tokens that hold each example once: best fit, the longest examples first."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that are free, row), sorted
+    for i in sorted(ids.tolist(), key=lambda i: (-lengths[i], i)):
+        length = int(lengths[i])
+        at = bisect.bisect_left(rooms, (length, -1))
+        room, row = rooms.pop(at) if at < len(rooms) else (row_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(rooms, (room - length, row))
+    return rows
 
-    Each holds at most max_tokens tokens, padding included (one longer example stands alone), and at most max_examples
-    examples (0: any number). Every process gets the same number of micro-batches, as a collective needs; where there
-    are fewer examples than places, some are empty.
+
+def micro_batches(
+    ids: np.ndarray, lengths: np.ndarray, world_size: int, max_tokens: int, max_rows: int = 0, row_tokens: int = 0
+) -> list[list[list[list[int]]]]:
+    """Deal a step's examples to processes as length-sorted micro-batches: [process][micro-batch][row] -> ids.
+
+    A row is one example or, with row_tokens, as many as fit into that many tokens. A micro-batch holds at most
+    max_tokens tokens, padding included (one longer example stands alone), and at most max_rows rows (0: any number).
+    Every process gets the same number of micro-batches, as a collective needs; where there are fewer examples than
+    places, some are empty.
     """
-    order = sorted(ids.tolist(), key=lambda i: (-lengths[i], i))  # longest first: its length is the width of its batch
-    batches: list[list[int]] = []
-    for i in order:
+    rows = pack(ids, lengths, row_tokens) if row_tokens else [[i] for i in ids.tolist()]
+    length = lambda row: int(lengths[row].sum())  # noqa: E731
+    tokens = lambda batch: len(batch) * max(map(length, batch), default=0)  # noqa: E731
+    batches: list[list[list[int]]] = []
+    for row in sorted(rows, key=lambda row: (-length(row), row)):  # longest first: its length is the width of its batch
         current = batches[-1] if batches else None
-        fits = current and (len(current) + 1) * lengths[current[0]] <= max_tokens
-        if fits and not (max_examples and len(current) == max_examples):
-            current.append(i)
+        fits = current and (len(current) + 1) * length(current[0]) <= max_tokens
+        if fits and not (max_rows and len(current) == max_rows):
+            current.append(row)
         else:
-            batches.append([i])
+            batches.append([row])
     # Split the batches with the most work until they can be dealt evenly: halves cost less than an idle process.
     while len(batches) % world_size:
-        largest = max(batches, key=lambda b: len(b) * lengths[b[0]] if len(b) > 1 else 0)
-        if len(largest) < 2:
-            batches.append([])
-            continue
-        at = batches.index(largest)
-        batches[at : at + 1] = [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-    batches.sort(key=lambda b: -len(b) * (lengths[b[0]] if b else 0))  # alike ones run at the same time
+        at = max(range(len(batches)), key=lambda b: tokens(batches[b]) if sum(map(len, batches[b])) > 1 else 0)
+        batches[at : at + 1] = _halves(batches[at]) if sum(map(len, batches[at])) > 1 else [batches[at], []]
+    batches.sort(key=tokens, reverse=True)  # alike ones run at the same time
     return [batches[rank::world_size] for rank in range(world_size)]
 
 
-def collate(examples: Examples, ids: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """input_ids and labels, (batch, length) int64, padded on the right; no ids: one row of two untrained tokens.
+def _halves(batch: list[list[int]]) -> list[list[list[int]]]:
+    """A micro-batch of several rows, or of one row of several examples, as two."""
+    if len(batch) > 1:
+        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return [[batch[0][::2]], [batch[0][1::2]]]
 
-    There is no attention mask: under causal attention no token sees the padding to its right, and padding has no label.
+
+def collate(
+    examples: Examples, rows: list[list[int]], device: torch.device | str = "cpu", packed: bool = False
+) -> dict[str, Tensor]:
+    """A micro-batch for a model with losses.give_loss; no rows: one row of two untrained tokens.
+
+    There is no attention mask: under causal attention no token sees the padding to its right. Where rows are packed,
+    position_ids begin anew with every example, from which transformers knows what may see what; checks.py looks
+    whether that works.
+
+    Returns:
+        input_ids (rows, length) int64, padded on the right; positions (n,) int64, where in the flattened input_ids the
+        token before each trained token is; targets (n,) int64, the trained tokens; packed: position_ids (rows, length).
     """
-    if not ids:
-        return torch.zeros((1, 2), dtype=torch.long, device=device), torch.full((1, 2), IGNORE, device=device)
-    rows = examples.rows[ids]
-    width = max(map(len, rows["input_ids"]))
-    input_ids = torch.tensor([r + [0] * (width - len(r)) for r in rows["input_ids"]], device=device)
-    labels = torch.tensor([r + [IGNORE] * (width - len(r)) for r in rows["labels"]], device=device)
-    return input_ids, labels
+    table = examples.rows.with_format("arrow")[[i for row in rows for i in row]] if rows else None
+    ids, labels = (iter(_lists(table, c)) for c in ("input_ids", "labels")) if rows else (iter(()), iter(()))
+    width = max((int(examples.lengths[row].sum()) for row in rows), default=2)
+    input_ids = np.zeros((max(1, len(rows)), width), dtype=np.int64)
+    position_ids = np.zeros_like(input_ids)
+    positions, targets = [], []
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            end = start + int(examples.lengths[i])
+            input_ids[r, start:end] = next(ids)
+            position_ids[r, start:end] = np.arange(end - start)
+            trained = next(labels)[1:]
+            at = np.flatnonzero(trained != IGNORE)
+            positions.append(at + (r * width + start))
+            targets.append(trained[at].astype(np.int64))
+            start = end
+    empty = np.zeros(0, dtype=np.int64)
+    batch = {
+        "input_ids": input_ids,
+        "positions": np.concatenate([empty, *positions]),
+        "targets": np.concatenate([empty, *targets]),
+        **({"position_ids": position_ids} if packed else {}),
+    }
+    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+
+
+def _lists(table: pyarrow.Table, column: str) -> list[np.ndarray]:
+    """The rows of a column of lists."""
+    return [row.values.to_numpy() for chunk in table.column(column).chunks for row in chunk]

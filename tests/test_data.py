@@ -187,61 +187,82 @@ def test_every_epoch_visits_every_example_once_in_another_order():
     assert data.permutation(6, 0, 0).tolist() == [4, 1, 0, 2, 3, 5]
 
 
+@pytest.mark.parametrize("row_tokens", [0, 60, 150])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize(("tokens", "examples"), [(64, 0), (200, 0), (10_000, 0), (10_000, 3), (10_000, 1), (5, 0)])
-def test_micro_batches_hold_each_example_once_within_the_budget(world, tokens, examples):
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 0), (200, 0), (10_000, 0), (10_000, 3), (10_000, 1), (5, 0)])
+def test_micro_batches_hold_each_example_once_within_the_budget(world, tokens, rows, row_tokens):
     lengths = np.random.default_rng(0).integers(5, 60, size=100)
     for ids in (np.arange(32), np.arange(10, 15), np.array([3])):
-        dealt = data.micro_batches(ids, lengths, world, tokens, examples)
+        dealt = data.micro_batches(ids, lengths, world, tokens, rows, row_tokens)
         assert len(dealt) == world and len({len(share) for share in dealt}) == 1
         batches = [b for share in dealt for b in share]
-        assert sorted(i for b in batches for i in b) == sorted(ids.tolist())
+        assert sorted(i for b in batches for row in b for i in row) == sorted(ids.tolist())
         for b in filter(None, batches):
-            assert len(b) == 1 or len(b) * lengths[b].max() <= tokens
-            assert not examples or len(b) <= examples
+            widths = [sum(lengths[row]) for row in b]
+            assert len(b) == 1 or len(b) * max(widths) <= tokens
+            assert max(widths) <= row_tokens or max(map(len, b)) == 1
+            assert not rows or len(b) <= rows
         assert all(batches) or len(ids) < len(batches)  # nobody is idle unless there is too little work
+    # pinned: the shares of a step do not change between versions
+    lengths = np.array([5, 9, 2, 7, 4, 6])
+    assert data.micro_batches(np.arange(6), lengths, 1, 18) == [[[[1], [3]], [[5], [0], [4]], [[2]]]]
+    assert data.micro_batches(np.arange(6), lengths, 1, 18, 0, 9) == [[[[0, 4], [1]], [[3, 2], [5]]]]
+    assert data.micro_batches(np.arange(6), lengths, 2, 18, 0, 18) == [[[[1, 3, 2]]], [[[5, 0, 4]]]]
 
 
-def test_collate_pads_on_the_right_and_an_empty_batch_trains_nothing(tmp_path, tokenizer):
+def test_best_fit_is_that_of_a_slow_search():
+    rng = np.random.default_rng(0)
+    for capacity in (60, 100, 200):
+        lengths = rng.integers(1, 60, size=200)
+        rows, free = [], []
+        for i in sorted(range(200), key=lambda i: (-lengths[i], i)):
+            fitting = [r for r in range(len(rows)) if free[r] >= lengths[i]]
+            if not fitting:
+                rows.append([])
+                free.append(capacity)
+                fitting = [len(rows) - 1]
+            best = min(fitting, key=lambda r: (free[r], r))
+            rows[best].append(i)
+            free[best] -= lengths[i]
+        assert data.pack(np.arange(200), lengths, capacity) == rows
+        assert len(rows) <= 1.05 * lengths.sum() / capacity + 1
+
+
+@pytest.fixture
+def two(tmp_path, tokenizer):
     rows = [{"query": "q", "response": "long answer"}, {"query": "q", "response": "no"}]
     rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
-    examples = data.tokenise(rows, tokenizer, "metamath", 512)
-    input_ids, labels = data.collate(examples, [0, 1])
-    assert input_ids.shape == labels.shape == (2, examples.lengths.max())
-    pad = examples.lengths[0] - examples.lengths[1]
-    assert (labels[1, -pad:] == -100).all() and labels[1, -pad - 1] == 1
-    input_ids, labels = data.collate(examples, [])
-    assert (labels == -100).all() and input_ids.shape == (1, 2)
+    return data.tokenise(rows, tokenizer, "metamath", 512)
 
 
-def test_padding_does_not_change_an_example(tmp_path, model_dir, tokenizer):
-    """There is no attention mask: right padding must not reach a real token."""
-    from transformers import AutoModelForCausalLM
-
-    from losses import sum_cross_entropy
-
-    rows = [{"query": "q", "response": r} for r in ("long answer " * 5, "no")]
-    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
-    examples = data.tokenise(rows, tokenizer, "metamath", 512)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    losses = []
-    for batch in ([0, 1], [0], [1]):
-        input_ids, labels = data.collate(examples, batch)
-        losses.append(sum_cross_entropy(model(input_ids=input_ids).logits, labels).item())
-    assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-12)
+def test_collate_pads_on_the_right_and_an_empty_batch_trains_nothing(two):
+    batch = data.collate(two, [[0], [1]])
+    assert batch.keys() == {"input_ids", "positions", "targets"}
+    ids, labels = two.rows["input_ids"], two.rows["labels"]
+    assert batch["input_ids"].tolist() == [ids[0], ids[1] + [0] * (len(ids[0]) - len(ids[1]))]
+    flat = batch["input_ids"].flatten()
+    assert torch.equal(flat[batch["positions"] + 1], batch["targets"])  # a token is predicted from the one before
+    assert batch["targets"].tolist() == [label for row in labels for label in row if label != -100]
+    assert batch["positions"].tolist() == [len(ids[0]) - 13 + i for i in range(12)] + [
+        len(ids[0]) + len(ids[1]) - 4 + i for i in range(3)
+    ]
+    empty = data.collate(two, [])
+    assert empty["input_ids"].shape == (1, 2) and len(empty["positions"]) == len(empty["targets"]) == 0
 
 
-def test_sum_cross_entropy_is_the_sum_over_shifted_trained_tokens():
-    from losses import sum_cross_entropy
-
-    logits = torch.randn(2, 5, 11, dtype=torch.float64)
-    labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 7, -100, 2, -100]])
-    slow = sum(
-        -logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] != -100
-    )
-    assert torch.allclose(sum_cross_entropy(logits, labels), slow, rtol=1e-12)
-    assert sum_cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
-    assert sum_cross_entropy(logits, torch.full_like(labels, -100)) == 0
+def test_collate_packs(two):
+    ids = two.rows["input_ids"]
+    batch = data.collate(two, [[0, 1], [1]], packed=True)
+    both = len(ids[0]) + len(ids[1])
+    assert batch["input_ids"].tolist() == [ids[0] + ids[1], ids[1] + [0] * len(ids[0])]
+    assert batch["position_ids"].tolist() == [
+        [*range(len(ids[0])), *range(len(ids[1]))],
+        [*range(len(ids[1])), *[0] * len(ids[0])],
+    ]
+    apart = [data.collate(two, [[i]]) for i in (0, 1, 1)]
+    assert torch.equal(batch["targets"], torch.cat([b["targets"] for b in apart]))
+    starts = (0, len(ids[0]), both)
+    assert torch.equal(batch["positions"], torch.cat([b["positions"] + s for b, s in zip(apart, starts, strict=True)]))
 
 
 def test_fingerprint_sees_tokens_labels_and_order(tmp_path, tokenizer):

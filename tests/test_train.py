@@ -132,8 +132,11 @@ def test_hft_leaves_frozen_weights_alone(tmp_path, train_args, model_dir):
 SPLITS = {
     "32x1": ["--per_device_batch_size", "1"],
     "8x4": ["--per_device_batch_size", "4"],
-    "1x32": ["--micro_batch_tokens", "100000"],
-    "by tokens": ["--micro_batch_tokens", "700"],
+    "1x32": ["--micro_batch_tokens", "100000", "--packing", "off"],
+    "by tokens": ["--micro_batch_tokens", "700", "--packing", "off"],
+    "packed": ["--micro_batch_tokens", "700", "--packing", "on"],
+    "chunked": ["--per_device_batch_size", "8", "--loss_chunk", "50"],
+    "checkpointed": ["--micro_batch_tokens", "2000", "--gradient_checkpointing", "true", "--packing", "off"],
 }
 
 
@@ -148,14 +151,15 @@ def test_gradients_of_any_split_agree_in_fp32(tmp_path, train_args, monkeypatch)
     monkeypatch.setattr(gmt.Masker, "mask_gradients", keep)
     shapes = []
     collate = train.collate
-    monkeypatch.setattr(train, "collate", lambda *a: shapes.append(len(a[1])) or collate(*a))
+    monkeypatch.setattr(train, "collate", lambda *a: shapes.append([len(row) for row in a[1]]) or collate(*a))
     for split, words in SPLITS.items():
         shapes.clear()
         more = ["--global_batch_size", "32", "--max_steps", "1", "--max_length", "512", *words]
         more += ["--max_grad_norm", "0"]  # clipping would hide a wrong scale
         train.main(train_args(tmp_path / split.replace(" ", "_"), *more))
-        expected = {"32x1": [1] * 32, "8x4": [4] * 8, "1x32": [32]}
+        expected = {"32x1": [[1]] * 32, "8x4": [[1] * 4] * 8, "1x32": [[1] * 32]}
         assert split not in expected or shapes == expected[split]
+        assert (max(n for rows in shapes for n in rows) > 1) == (split == "packed")
     scale = seen["32x1"].norm()
     for split, grads in seen.items():
         assert (grads - seen["32x1"]).norm() / scale < 1e-6, split
@@ -256,9 +260,9 @@ def test_resume_changed_means_the_new_settings(tmp_path, train_args, monkeypatch
     changed = ["--save_every", "4", "--resume", "--resume_changed", "--weight_decay", "0.5", "--adam_beta1", "0.5"]
     seen, deal = [], train.deal
 
-    def look(config, examples, ids, accelerator):
+    def look(config, examples, ids, packed, accelerator):
         seen.append(accelerator._optimizers[0].param_groups[0].copy())
-        return deal(config, examples, ids, accelerator)
+        return deal(config, examples, ids, packed, accelerator)
 
     with monkeypatch.context() as m, pytest.raises(Crash):
         m.setattr(train, "deal", look)
@@ -351,14 +355,17 @@ def test_learning_rates_are_those_of_transformers(tmp_path, train_args, schedule
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypatch):
-    whole = train.sum_cross_entropy
+    whole = train.backward
     calls = []
 
-    def sometimes_nan(logits, labels):
+    def sometimes_nan(model, batches, accelerator):
         calls.append(1)
-        return whole(logits, labels) * (float("nan") if len(calls) == 3 else 1.0)
+        loss = whole(model, batches, accelerator)
+        if len(calls) == 3:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
 
-    monkeypatch.setattr(train, "sum_cross_entropy", sometimes_nan)
+    monkeypatch.setattr(train, "backward", sometimes_nan)
     # the skipped step is in the log although it is not one of the logged ones
     train.main(train_args(tmp_path / "run", *RULES["gmt"], "--micro_batch_tokens", "100000", "--log_every", "2"))
     metrics = read_metrics(tmp_path / "run")
@@ -369,15 +376,18 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypa
 
 
 def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, train_args, monkeypatch):
-    whole, calls = train.sum_cross_entropy, []
+    whole, calls = train.backward, []
 
-    def nan_from_the_fifth(logits, labels):
+    def nan_from_the_fifth(model, batches, accelerator):
         calls.append(1)
-        return whole(logits, labels) * (float("nan") if len(calls) >= 5 else 1.0)
+        loss = whole(model, batches, accelerator)
+        if len(calls) >= 5:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
 
     words = [*RULES["gmt"], "--micro_batch_tokens", "100000"]  # one call a step
     with monkeypatch.context() as m:
-        m.setattr(train, "sum_cross_entropy", nan_from_the_fifth)
+        m.setattr(train, "backward", nan_from_the_fifth)
         with pytest.raises(UserError, match=r"3 steps in a row .* up to step 7 .* before is .*step_000004; look at"):
             train.main(train_args(tmp_path / "run", *words, "--max_skipped_steps", "3"))
         assert [len(m.get("skipped_examples", [])) for m in read_metrics(tmp_path / "run")] == [0] * 4 + [6, 16, 16]
@@ -512,6 +522,11 @@ SHOWN_BY = {
     "dataset_split": "test_data.py: test_hub_datasets_are_asked_for_by_id_and_split",
     "per_device_batch_size": "test_gradients_of_any_split_agree_in_fp32",
     "micro_batch_tokens": "test_gradients_of_any_split_agree_in_fp32",
+    "packing": "test_losses.py: test_packing_is_chosen_refused_or_left",
+    "loss_chunk": "test_losses.py: test_keys_reach_the_model",
+    "attention": "test_losses.py: test_keys_reach_the_model",
+    "gradient_checkpointing": "test_losses.py: test_keys_reach_the_model",
+    "compile": "test_losses.py: test_keys_reach_the_model",
     "deterministic": "test_keys_of_the_run",
     "dry_run": "test_plan.py: test_dry_run_prints_the_plan_and_makes_nothing",
     "calibration_steps": "test_grad_square_counts_its_calibration_steps",
