@@ -32,12 +32,12 @@ from transformers.utils import logging as transformers_logging
 import generation
 import run_folder
 from config import EvalConfig, UserError, nearest, parse, run_main
-from data import encode_prompts
 from generation import Decoding, Scored
 from hub import from_pretrained, is_local
 from tasks import GROUPS, TASKS
 from tasks.source import Source
 from tasks.task import Options, Task, render
+from templates import encode_prompts
 
 SCORES, SETTINGS = "scores.json", "settings.json"
 BATCHES_PER_BLOCK = 4  # a row that has ended gives its place to another row of its block
@@ -344,7 +344,7 @@ def score(config: EvalConfig, folder: Path, job: Job, options: Options) -> dict[
         items = job.items if job.items is not None else load_items(job, settings.get("limit", 0))
         if digest(items) != settings.get("dataset_sha256"):
             raise UserError(f"task {task.name}: the items in {job.source.read} are not those of the stored answers")
-    verdicts = task.judge(items, lines, options)
+    verdicts = task.judge(items, [{**line, "format": job.format} for line in lines], options)
     for line, verdict in zip(lines, verdicts, strict=True):
         line.update(verdict)
         if too_long(line):

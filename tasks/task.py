@@ -39,7 +39,8 @@ class Options:
 
 
 # An answer of the model: {"completions": [...], "finish": [...], "tokens": [...]} with one entry per sample, or
-# {"logprobs": [...] or None} with one entry per candidate (None: the prompt is longer than the context).
+# {"logprobs": [...] or None} with one entry per candidate (None: the prompt is longer than the context). A judge gets
+# the word of the prompt's format with it, as "format".
 Answer = dict[str, Any]
 Judge = Callable[[list[dict], list[Answer], Options], list[dict]]
 
