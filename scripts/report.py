@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from published import PUBLISHED
 
 from config import UserError, run_main
+from scores import read_lines
 from tasks import TASKS
 
 RESAMPLES = 10_000
@@ -65,14 +66,6 @@ def compare(first: Path, second: Path, name: str, metric: str) -> str:
     mean = sum((y - x) / share[g] for x, y, g in zip(a, b, groups, strict=True)) / len(share)
     low, high = bootstrap(a, b, groups)
     return f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-
-
-def read_lines(path: Path) -> list[dict]:
-    try:
-        with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: missing or damaged ({e}); run eval.py --score_only on its folder") from None
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
