@@ -112,7 +112,6 @@ def dpo_losses(policy: Tensor, reference: Tensor, beta: float, tokens: Tensor | 
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
 
 
-@torch.no_grad()
 def reference_logps(
     examples: Examples,
     micro_batches: Iterable[tuple[dict[str, Tensor], list[int]]],

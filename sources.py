@@ -16,7 +16,7 @@ from config import UserError
 from hub import is_local
 
 MESSAGES = "messages"  # the usual column of conversations
-_ROW_FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+ROW_FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
 def data_files(source: str) -> list[Path] | None:
@@ -26,17 +26,18 @@ def data_files(source: str) -> list[Path] | None:
         UserError: nothing there, no data file in the folder, or an unknown kind of file.
     """
     path = Path(source).expanduser()
-    if not is_local(source) and not source.endswith(_ROW_FILES):
+    if not is_local(source) and not source.endswith(ROW_FILES):
         return None
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(_ROW_FILES))
+        names = sorted(p.relative_to(path) for p in path.rglob("*") if p.name.endswith(ROW_FILES))
+        files = [path / name for name in names if not any(part.startswith(".") for part in name.parts)]
         if not files:
-            raise UserError(f"dataset {source}: the folder holds no {', '.join(_ROW_FILES)} file")
+            raise UserError(f"dataset {source}: the folder holds no {', '.join(ROW_FILES)} file")
         return files
     if not path.is_file():
         raise UserError(f"dataset {source}: no such file or folder (a Hub dataset is written owner/name)")
-    if not path.name.endswith(_ROW_FILES):
-        raise UserError(f"dataset {source}: expected a file that ends in {', '.join(_ROW_FILES)}")
+    if not path.name.endswith(ROW_FILES):
+        raise UserError(f"dataset {source}: expected a file that ends in {', '.join(ROW_FILES)}")
     return [path]
 
 
@@ -162,7 +163,7 @@ def load_rows(
     """The columns of a dataset, on disk and memory-mapped: text, but for `conversations`, lists of {role, content}.
 
     Args:
-        source: a file, a folder of files (concatenated in the order of their names), or a Hub id.
+        source: a file, a folder of files (in the order of their names, its folders' too), or a Hub id.
         split, subset: which part of a Hub dataset (the Hub calls subset a configuration).
         max_rows: the first N rows; 0: all.
     Raises:

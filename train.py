@@ -533,12 +533,9 @@ def make_reference(
     training = (m for ids in lists for m in deal(config, examples, ids, packed, accelerator))
     evaluation = deal(config, held_out, np.arange(len(held_out)), packed, accelerator)
     reduce = lambda t: accelerator.reduce(t.to(accelerator.device), "sum").cpu()  # noqa: E731
-    model.eval()
-    logps = [
-        reference_logps(of, batches, model, reduce) for of, batches in ((examples, training), (held_out, evaluation))
-    ]
-    model.train()
-    return torch.cat(logps)
+    with checks.looking_at(model):
+        of_training = reference_logps(examples, training, model, reduce)
+        return torch.cat([of_training, reference_logps(held_out, evaluation, model, reduce)])
 
 
 def whole(norm: torch.Tensor) -> float:

@@ -128,7 +128,12 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
     for path in files:
         path.rename(tmp_path / "folder" / path.name)
     assert list(sources.load_rows(str(tmp_path / "folder"), COLUMNS)) == expected * 6
-    both = [f"{tmp_path / 'folder'}:4", str(tmp_path / "folder" / "a.jsonl")]
+    (tmp_path / "folder" / "data").mkdir()
+    (tmp_path / "folder" / "a.jsonl").rename(tmp_path / "folder" / "data" / "a.jsonl")
+    (tmp_path / "folder" / ".cache").mkdir()
+    write_rows(tmp_path / "folder" / ".cache" / "a.jsonl", [{"no": "rows"}])  # as downloads leave
+    assert list(sources.load_rows(str(tmp_path / "folder"), COLUMNS)) == expected * 6
+    both = [f"{tmp_path / 'folder'}:4", str(tmp_path / "folder" / "data" / "a.jsonl")]
     assert list(sources.load_all(both, COLUMNS)) == (expected * 2)[:4] + expected
 
 
