@@ -57,14 +57,21 @@ def fetch_tasks(words: list[str], folder: Path) -> Path:
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     import datasets
 
-    from eval import load_items
-    from tasks import TASKS
+    from tasks import GROUPS, TASKS
+    from tasks.source import Source
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    failed = []
     for word in words:
-        if word not in TASKS:
-            raise UserError(f"tasks: unknown task {word!r}{nearest(word, TASKS)}")
-        load_items(TASKS[word], "", 0)
+        if word not in TASKS and word not in GROUPS:
+            raise UserError(f"tasks: unknown task {word!r}{nearest(word, [*TASKS, *GROUPS])}")
+        for name in GROUPS.get(word, [word]):
+            try:
+                TASKS[name].load(Source())
+            except UserError as e:  # the others are fetched all the same
+                failed.append(f"task {name}: {e}")
+    if failed:
+        raise UserError("; ".join(failed))
     return folder / "cache"
 
 
