@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 
+import datasets
 import pytest
 from conftest import DATA, needs_data
 from transformers import AutoTokenizer
@@ -292,6 +293,63 @@ def test_what_is_missing_is_named_with_its_origin(folder, tmp_path):
             load(name, tmp_path)
     with pytest.raises(UserError, match="TyDiQA's training part has 14805 questions in arabic, got 3"):
         load("tydiqa", folder)
+
+
+def test_rows_of_the_hub_are_those_of_local_copies(folder, few_training_rows, monkeypatch):
+    """Ids, configurations and splits; and the columns that differ from the local files' layout."""
+
+    def squad(split):
+        part = {"validation": "dev", "train": "train"}[split]
+        rows = squad_rows(Source(str(folder)), part, split)
+        return [{**r, "answers": {"text": r["answers"], "answer_start": [0, 1]}} for r in rows]
+
+    def truthfulqa():
+        keys = {"best": "best_answer", "correct": "correct_answers", "incorrect": "incorrect_answers"}
+        return [{keys.get(k, k): v for k, v in r.items()} for r in load("truthfulqa", folder)]
+
+    def hub(name, subset, split):
+        if name == "cais/mmlu" and subset == "all":
+            with gzip.open(folder / f"mmlu/{split}.jsonl.gz", "rt") as f:
+                rows = [json.loads(line) for line in f]
+        elif name == "SaylorTwift/bbh" and split == "test":
+            rows = json.loads((folder / f"bbh/bbh/{subset}.json").read_text())["examples"]
+        elif (name, subset) == ("google-research-datasets/tydiqa", "secondary_task"):
+            rows = squad(split)
+        elif (name, subset, split) == ("truthfulqa/truthful_qa", "generation", "validation"):
+            rows = truthfulqa()
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    for name in ("mmlu", "mmlu_5shot", "tydiqa", "truthfulqa"):
+        assert TASKS[name].load(Source()) == load(name, folder)
+    with pytest.raises(UserError, match="needs bbh/cot-prompts/boolean_expressions.txt of github.com/suzgunmirac"):
+        TASKS["bbh"].load(Source())
+    items, moved = load("bbh", folder), folder / "moved"
+    (folder / "bbh/bbh").rename(moved)  # the prompts alone are local
+    monkeypatch.setattr(datasets, "load_dataset", lambda n, s, split: datasets.Dataset.from_list(
+        json.loads((moved / f"{s}.json").read_text())["examples"]))  # fmt: skip
+    try:
+        assert load("bbh", folder) == items
+    finally:
+        moved.rename(folder / "bbh/bbh")
+
+
+def test_math_is_seven_configurations_of_the_hub(monkeypatch):
+    asked = []
+
+    def hub(*where):
+        asked.append(where)
+        row = {"problem": "p", "level": "Level 1", "type": where[1], "solution": r"\boxed{1}"}
+        return datasets.Dataset.from_list([row])
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: hub(name, subset, split))
+    items = TASKS["hendrycks_math"].load(Source())
+    subjects = [
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+        "precalculus",
+    ]  # fmt: skip
+    assert [i["type"] for i in items] == subjects
+    assert asked == [("EleutherAI/hendrycks_math", s, "test") for s in subjects]
 
 
 def test_groups_name_tasks():
