@@ -15,7 +15,13 @@ import torch
 from conftest import ROOT, make_model, torchrun, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import eval as evaluation
 import generation
@@ -141,6 +147,22 @@ def test_a_sample_depends_on_its_seed_not_on_its_batch(model):
     assert together == alone and together[:4] != together[4:]
 
 
+@torch.no_grad()
+def test_learned_positions_count_from_each_rows_first_token():
+    """GPT-2's positions are learned: padding must not shift them, in completions and in log-probabilities."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4)
+    model = generation.Model(GPT2LMHeadModel(config).eval(), None, frozenset({1, 7}), 2, 64)
+    given = [[3 + (5 * i + j) % 40 for j in range(12 - 2 * i)] for i in range(5)]
+    alone = [one_at_a_time(model, p, 20) for p in given]
+    assert generation.continue_rows(model, given, Decoding(20), [""] * 5, 2) == alone
+    got = generation.logprobs(model, [Scored(p, len(p), (4, 5)) for p in given])
+    for p, values in zip(given, got, strict=True):
+        assert values == pytest.approx(
+            model.model(torch.tensor([p])).logits[0, -1].log_softmax(-1)[4:6].tolist(), abs=1e-4
+        )
+
+
 def test_exactly_one_bos(folder):
     """The tokenizer adds one; a chat template that writes one, too, does not double it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -212,10 +234,10 @@ def test_a_candidate_that_the_tokenizer_merges_with_the_prompt_keeps_a_token(fol
     tokenizer = AutoTokenizer.from_pretrained(folder)
     task = dataclasses.replace(TASKS["truthfulqa"], candidates=lambda item: ["It is.", ""])
     job = evaluation.Job(task, "base", None, [{}])
-    text = "Is it?\nA:"
+    text = "Is it?\nA: "  # ends in a space: none is put between, and an empty candidate adds nothing
     (prompt,) = evaluation.encode(tokenizer, [text])
     whole, empty = evaluation.rows_of(job, [text], [prompt], tokenizer)
-    assert tokenizer.decode(whole.ids[whole.start :]) == " It is." and whole.ids[: whole.start] == prompt
+    assert whole.start == min(len(prompt), len(whole.ids) - 1)
     assert empty.start < len(empty.ids)
 
 
