@@ -222,14 +222,21 @@ class TrainConfig:
 class EvalConfig:
     """Keys of eval.py, in a YAML file (--config FILE) or as --key value."""
 
-    tasks: list[str] = key(help="tasks to score, each as NAME or NAME=FILE: gsm8k, gsm8k=path.jsonl")
+    tasks: list[str] = key(help="tasks to score: NAME, NAME=FILE (its items) or a group: math, code, general")
     output_dir: str = key(help="folder for completions and scores.json")
     model: str = key("", "folder or Hub id of the model to score; needed unless score_only")
     tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")
     data_dir: str = key("", "folder with local copies of the benchmarks, DIR/gsm8k/test.jsonl; empty: the Hub")
     limit: int = key(0, "score only the first N items of each task; 0: all")
+    published_subset: bool = key(
+        False, "score the subsets that published numbers were measured on, where there are any"
+    )
+    prompt_format: str = key("", "how prompts are written: base, tulu, chat, ...; empty: each task's own; README")
+    seed: int = key(0, "of sampled completions (greedy ones have no use for it)")
     batch_size: int = key(64, "prompts per generated batch; the unit of dealing to processes and of resuming")
     dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "dtype of the weights; on a CPU use float32")
+    workers: int = key(0, "processes that judge answers at the same time; 0: one per physical core")
+    allow_unsafe_code: bool = key(False, "run the model's programs although no sandbox works on this machine")
     score_only: bool = key(False, "score the completions that are in output_dir again, without a model")
     overwrite: bool = key(False, "delete results in output_dir that were made with other settings")
 
@@ -237,11 +244,11 @@ class EvalConfig:
         """Raise UserError where keys contradict each other or are out of range."""
         if not self.tasks:
             raise UserError("tasks is empty: name at least one, e.g. --tasks gsm8k")
-        for name, least in (("batch_size", 1), ("limit", 0)):
+        for name, least in (("batch_size", 1), ("limit", 0), ("seed", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.score_only:  # what only matters when something is generated
-            for name in ("model", "tokenizer", "data_dir", "limit", "overwrite"):
+            for name in ("model", "tokenizer", "limit", "published_subset", "seed", "overwrite"):
                 if getattr(self, name):
                     raise UserError(f"score_only scores what is in output_dir: {name} has no meaning with it")
             if files := [word for word in self.tasks if "=" in word]:

@@ -1,10 +1,10 @@
-"""Score a causal language model on benchmarks: prompts -> generations -> scores.
+"""Score a causal language model on benchmarks: prompts -> answers -> scores.
 
     accelerate launch eval.py --model outputs/x/final --tasks gsm8k --output_dir outputs/x/eval
 
 `python eval.py --help` lists all keys. The same call again goes on where the last one was cut; `--score_only` scores
-stored completions again, without a model. The unit of generating, of dealing to processes and of resuming is the
-batch: one sort over all items and the batch size fix it, so that answers do not depend on the number of processes.
+stored answers again, without a model. The unit of answering, of dealing to processes and of resuming is the batch: one
+sort over all rows and the batch size fix it, so that answers do not depend on the number of processes.
 """
 
 import contextlib
@@ -12,45 +12,61 @@ import hashlib
 import json
 import math
 import shutil
+import statistics
 import sys
+from collections import defaultdict
+from dataclasses import dataclass
 from datetime import timedelta
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+import generation
 import run_folder
 from config import EvalConfig, UserError, nearest, parse, run_main
+from generation import Decoding, Scored
 from hub import from_pretrained, is_local
-from sources import load_rows
-from tasks import TASKS
-from tasks.task import Task
+from tasks import GROUPS, TASKS
+from tasks.source import Source
+from tasks.task import Options, Task, render
 from templates import encode_prompts
 
 SCORES, SETTINGS = "scores.json", "settings.json"
 
 
+@dataclass
+class Job:
+    """A task of this call: what `--tasks` and `--prompt_format` made of it."""
+
+    task: Task
+    format: str  # a key of task.formats
+    source: Source
+    items: list[dict] | None = None
+
+    @property
+    def name(self) -> str:
+        """The stem of its files, task.protocol, and the format where it is not the protocol's default."""
+        default = next(iter(self.task.formats))
+        return f"{self.task.name}.{self.task.protocol}" + ("" if self.format == default else f".{self.format}")
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Score the tasks; returns the content of scores.json (on the main process). Can be called many times."""
+    """Score the tasks; returns their entries of scores.json (on the main process). Can be called many times."""
     config = parse(EvalConfig, sys.argv[1:] if argv is None else argv)
-    tasks = choose_tasks(config)
+    jobs, options = choose_tasks(config), Options(config.workers or physical_cores(), config.allow_unsafe_code)
     folder = Path(config.output_dir)
-    check_folder(config, folder, tasks)
+    check_folder(config, folder, jobs)
+    for job in jobs:
+        if job.task.check:
+            job.task.check(options)
     transformers_logging.set_verbosity_error()
     # Processes that are done wait for the slowest at the end of a task.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
@@ -59,10 +75,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with run_folder.lock(folder) if accelerator.is_main_process else contextlib.nullcontext():
             old_scores = run_folder.read_json(folder / SCORES) if (folder / SCORES).exists() else {}
             if not config.score_only:
-                generate_all(config, folder, tasks, accelerator)
+                answer_all(config, folder, jobs, accelerator)
             if not accelerator.is_main_process:
                 return {}
-            scores = {name: score(folder, task) for name, (task, _) in tasks.items()}
+            scores = {job.name: score(config, folder, job, options) for job in jobs}
             run_folder.write_json(folder / SCORES, {**old_scores, **scores})
             print_table(scores)
             return scores
@@ -71,123 +87,214 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def physical_cores() -> int:
+    """Processor cores that this process may use, hyper-threads not counted."""
+    return max(1, min(psutil.cpu_count(logical=False) or 1, len(psutil.Process().cpu_affinity())))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Prompts
+# Tasks and items
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def choose_tasks(config: EvalConfig) -> dict[str, tuple[Task, str]]:
-    """{task.protocol: (task, where its items are)} of the words of `tasks`."""
-    chosen = {}
+def choose_tasks(config: EvalConfig) -> list[Job]:
+    """The jobs of the words of `tasks`: a task, a task with a file, or a group."""
+    jobs: list[Job] = []
     for word in config.tasks:
-        name, _, file = word.partition("=")
-        if name not in TASKS:
-            raise UserError(f"tasks: unknown task {name!r}{nearest(name, TASKS)}")
-        task = TASKS[name]
-        source = file or (str(Path(config.data_dir) / task.file) if config.data_dir else "")
-        if source and not config.score_only and not Path(source).is_file():
-            raise UserError(f"task {name}: no file {source} (expected a .jsonl, .json or .parquet file of its items)")
-        if f"{name}.{task.protocol}" in chosen:
-            raise UserError(f"tasks: {name} is named twice; score another file of it into another output_dir")
-        chosen[f"{name}.{task.protocol}"] = (task, source)
-    return chosen
+        name, equals, file = word.partition("=")
+        if name in GROUPS and equals:
+            raise UserError(f"tasks: {name} is a group of {', '.join(GROUPS[name])}: name one of them with the file")
+        if name not in TASKS and name not in GROUPS:
+            raise UserError(f"tasks: unknown task {name!r}{nearest(name, [*TASKS, *GROUPS])}")
+        for task in [TASKS[n] for n in GROUPS.get(name, [name])]:
+            known = config.prompt_format in task.formats
+            format = config.prompt_format if known else next(iter(task.formats))
+            jobs.append(Job(task, format, Source(config.data_dir, file, config.published_subset)))
+    for job in jobs:
+        if sum(other.name == job.name for other in jobs) > 1:
+            raise UserError(
+                f"tasks: {job.task.name} is named twice (perhaps by a group); score another file of it into another "
+                "output_dir"
+            )
+    if config.prompt_format and not any(config.prompt_format in job.task.formats for job in jobs):
+        words = sorted({word for job in jobs for word in job.task.formats})
+        raise UserError(
+            f"prompt_format: these tasks do not know {config.prompt_format!r}{nearest(config.prompt_format, words)}"
+        )
+    return jobs
 
 
-def check_folder(config: EvalConfig, folder: Path, tasks: dict[str, tuple[Task, str]]) -> None:
+def check_folder(config: EvalConfig, folder: Path, jobs: list[Job]) -> None:
     """What can be refused before anything is loaded."""
     run_folder.check_writable(folder)
     if config.score_only:
-        for name in tasks:
-            if not (folder / f"{name}.jsonl").exists():
-                raise UserError(f"score_only: {folder} holds no {name}.jsonl; generate it first, without --score_only")
+        for job in jobs:
+            if not (folder / f"{job.name}.jsonl").exists():
+                raise UserError(
+                    f"score_only: {folder} holds no {job.name}.jsonl; generate it first, without --score_only"
+                )
     elif not config.model:
         raise UserError("missing: --model (only --score_only goes without)")
     elif is_local(config.model) and not (Path(config.model) / "config.json").is_file():
         raise UserError(f"model {config.model}: no such folder, or no config.json in it (a Hub model is owner/name)")
 
 
-def load_items(task: Task, source: str, limit: int) -> list[dict]:
-    """The items of a task, from a file or the Hub."""
-    dataset, subset, split = task.hub
-    rows = load_rows(source or dataset, task.columns, split, subset=None if source else subset)
-    items = [dict(row) for row in (rows.select(range(min(limit, len(rows)))) if limit else rows)]
-    for i, item in enumerate(items, 1):
-        try:
-            task.check(item)
-        except ValueError as e:
-            raise UserError(f"{source or dataset}, item {i}: {e}") from None
-    return items
+def load_items(job: Job, limit: int) -> list[dict]:
+    """The items of a task, from a file, a folder or the Hub."""
+    try:
+        items = job.task.load(job.source)
+    except UserError as e:
+        raise UserError(f"task {job.task.name}: {e}") from None
+    if job.source.file:
+        raise UserError(f"task {job.task.name} is made of several files: give a folder of them, --data_dir")
+    return items[:limit] if limit else items
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generations
+# Answers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def generate_all(
-    config: EvalConfig, folder: Path, tasks: dict[str, tuple[Task, str]], accelerator: Accelerator
-) -> None:
-    """Write folder/<task>.<protocol>.jsonl for every task; what an earlier call has done is kept."""
+@dataclass
+class Row:
+    """What the model is given at a time: one sample of an item, or one candidate."""
+
+    item: int
+    part: int  # which sample or candidate
+    ids: list[int]
+    start: int = 0  # where the candidate begins in ids
+    choices: tuple[int, ...] = ()  # tokens whose probabilities are asked for at the end
+
+
+def answer_all(config: EvalConfig, folder: Path, jobs: list[Job], accelerator: Accelerator) -> None:
+    """Write folder/<job>.jsonl for every job; what an earlier call has done is kept."""
     with accelerator.local_main_process_first():
-        items = {name: load_items(task, source, config.limit) for name, (task, source) in tasks.items()}
+        for job in jobs:
+            job.items = load_items(job, config.limit)
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
-    prompts = {
-        name: encode_prompts(tokenizer, [task.prompt(item) for item in items[name]])
-        for name, (task, _) in tasks.items()
-    }
-    settings = {
-        name: describe(config, task, source, items[name], prompts[name]) for name, (task, source) in tasks.items()
-    }
+    texts = {job.name: prompts_of(job, tokenizer) for job in jobs}
+    prompts = {name: encode(tokenizer, prompts) for name, prompts in texts.items()}
+    settings = {job.name: describe(config, job, prompts[job.name]) for job in jobs}
     done = compare_settings(config, folder, settings, accelerator)
     model = None
-    for name, (task, _) in tasks.items():
-        if name in done:
+    for job in jobs:
+        if job.name in done:
             continue
-        parts = folder / f"{name}.parts"
-        ids = prompts[name]
-        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # longest first: memory fails early
-        batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+        parts = folder / f"{job.name}.parts"
+        rows = rows_of(job, texts[job.name], prompts[job.name], tokenizer)
+        rows.sort(key=lambda r: (-len(r.ids), r.item, r.part))  # longest first: memory fails early
+        batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
         mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
         todo = [b for b in mine if not (parts / f"{b:06d}.jsonl").exists()]
         if todo and model is None:
-            model = load_model(config, tokenizer, accelerator.device)
-        for b in tqdm(todo, desc=name, unit="batch", disable=not accelerator.is_local_main_process):
-            completions = generate(model, tokenizer, [ids[i] for i in batches[b]], task)
-            lines = [
-                {"id": i, "item": items[name][i], "prompt": task.prompt(items[name][i]), "prompt_ids": ids[i], **c}
-                for i, c in zip(batches[b], completions, strict=True)
-            ]
+            model = generation.load_model(config, tokenizer, accelerator.device)
+        for b in tqdm(todo, desc=job.name, unit="batch", disable=not accelerator.is_local_main_process):
+            answers = answer(model, job, batches[b], config.seed)
+            lines = [{"id": r.item, "part": r.part, **a} for r, a in zip(batches[b], answers, strict=True)]
             write_lines(parts / f"{b:06d}.jsonl", lines)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             lines = [line for b in range(len(batches)) for line in read_lines(parts / f"{b:06d}.jsonl")]
-            write_lines(folder / f"{name}.jsonl", sorted(lines, key=lambda line: line["id"]))
+            write_lines(folder / f"{job.name}.jsonl", merge(job, lines, texts[job.name], prompts[job.name]))
             shutil.rmtree(parts)
         accelerator.wait_for_everyone()
 
 
-def describe(
-    config: EvalConfig, task: Task, source: str, items: list[dict], prompts: list[list[int]]
-) -> dict[str, Any]:
-    """What a completion depends on; stored, and compared when a folder is used again."""
-    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]  # noqa: E731
+def prompts_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each item's prompt, without BOS."""
+    prompt = job.task.formats[job.format].prompt
+    return [render(prompt(item, tokenizer), job.format, tokenizer) for item in job.items]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids: one BOS if the tokenizer adds one, even where the text brings another, and no EOS."""
+    bos = tokenizer.bos_token_id
+    encoded = encode_prompts(tokenizer, texts)
+    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
+
+
+def rows_of(job: Job, texts: list[str], prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """One row per sample or candidate of each item."""
+    task = job.task
+    if not task.candidates:
+        return [Row(i, part, ids) for i, ids in enumerate(prompts) for part in range(task.samples)]
+    rows = []
+    for i, (item, text, prompt) in enumerate(zip(job.items, texts, prompts, strict=True)):
+        if task.scoring == "next_token":
+            last = tuple(tokenizer.encode(f" {c}", add_special_tokens=False)[-1] for c in task.candidates(item))
+            rows.append(Row(i, 0, prompt, len(prompt), last))
+            continue
+        between = "" if text[-1:] in (" ", "\n") else " "
+        for part, ids in enumerate(encode(tokenizer, [text + between + c for c in task.candidates(item)])):
+            rows.append(Row(i, part, ids, min(len(prompt), len(ids) - 1)))
+    return rows
+
+
+def answer(model: generation.Model, job: Job, rows: list[Row], seed: int) -> list[dict[str, Any]]:
+    """What the model says to each row of a batch."""
+    task = job.task
+    if task.candidates:
+        scores = generation.logprobs(model, [Scored(r.ids, r.start, r.choices) for r in rows])
+        return [{"logprobs": s} for s in scores]
+    decoding = Decoding(task.max_new_tokens, task.formats[job.format].stop, task.temperature, task.top_p)
+    seeds = [f"{seed} {task.name} {r.item} {r.part}" for r in rows]
+    return generation.generate(model, [r.ids for r in rows], decoding, seeds)
+
+
+def merge(job: Job, lines: list[dict], texts: list[str], prompts: list[list[int]]) -> list[dict]:
+    """One line per item, of the lines of its samples or candidates."""
+    by_item: dict[int, list[dict]] = defaultdict(list)
+    for line in sorted(lines, key=lambda line: (line["id"], line["part"])):
+        by_item[line["id"]].append(line)
+    merged = []
+    for i, item in enumerate(job.items):
+        parts = by_item[i]
+        if job.task.candidates:
+            known = all(p["logprobs"] is not None for p in parts)
+            said = {"logprobs": [v for p in parts for v in p["logprobs"]] if known else None}
+        else:
+            said = {
+                "completions" if k == "completion" else k: [p[k] for p in parts]
+                for k in ("completion", "tokens", "finish")
+            }
+        stored = {k: v for k, v in item.items() if not k.startswith("_")}
+        merged.append({"id": i, "item": stored, "prompt": texts[i], "prompt_ids": prompts[i], **said})
+    return merged
+
+
+def describe(config: EvalConfig, job: Job, prompts: list[list[int]]) -> dict[str, Any]:
+    """What an answer depends on; stored, and compared when a folder is used again."""
+    task, n = job.task, len(job.items)
     files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
+    candidates = [task.candidates(item) for item in job.items] if task.candidates else []
+    how = "log-probabilities" if task.candidates else "sampled" if task.temperature else "greedy"
     return {
         "task": task.name,
         "protocol": task.protocol,
-        "dataset": source or ":".join(task.hub),
-        "dataset_sha256": digest(items),
-        "prompts_sha256": digest([prompts, task.stop]),
-        "n": len(items),
+        "prompt_format": job.format,
+        "dataset": ", ".join(job.source.read),
+        "dataset_sha256": digest(job.items),
+        "dataset_version": task.versions.get(n, "part of it, or another version" if task.versions else ""),
+        "prompts_sha256": digest([prompts, candidates, task.formats[job.format].stop]),
+        "n": n,
         "limit": config.limit,
+        "published_subset": config.published_subset,
         "model": config.model,
         "model_files": digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]),
         "tokenizer": config.tokenizer,
-        "engine": "transformers.generate, greedy",
+        "engine": f"transformers, {how}",
         "dtype": config.dtype,
         "batch_size": config.batch_size,
         "max_new_tokens": task.max_new_tokens,
+        "samples": task.samples,
+        "temperature": task.temperature,
+        "top_p": task.top_p,
+        "seed": config.seed if task.temperature else 0,
     }
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict], accelerator: Accelerator) -> set[str]:
@@ -219,120 +326,78 @@ def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict]
     return done
 
 
-def load_model(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> torch.nn.Module:
-    """The model, ready to generate greedily whatever its own generation configuration says."""
-    architecture = from_pretrained(AutoConfig, config.model, "model").get_text_config()
-    if max(tokenizer.get_vocab().values()) >= architecture.vocab_size:
-        raise UserError(
-            f"the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, the model's embedding "
-            f"{architecture.vocab_size} rows: they do not belong together"
-        )
-    model = from_pretrained(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.dtype))
-    own = model.generation_config.eos_token_id  # some models end with several tokens
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    if not ends:
-        raise UserError(f"model {config.model}: neither it nor its tokenizer names an end-of-sequence token")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad)
-    return model.to(device).eval()
-
-
-class StopStrings(StoppingCriteria):
-    """Ends a row some tokens after one of the strings appeared; the text is cut at the string afterwards."""
-
-    EVERY, LONGEST = 8, 16  # look every 8 tokens; a stop string has at most 16 tokens
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: tuple[str, ...], prompt_length: int):
-        self.tokenizer, self.strings, self.start = tokenizer, strings, prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        new = input_ids.shape[1] - self.start
-        found = [False] * len(input_ids)
-        if self.strings and new % self.EVERY == 0:
-            tails = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -(self.EVERY + self.LONGEST) :])
-            found = [any(s in tail for s in self.strings) for tail in tails]
-        return torch.tensor(found, device=input_ids.device)
-
-
-@torch.inference_mode()
-def generate(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], task: Task
-) -> list[dict[str, Any]]:
-    """Greedy completions of one batch, padded on the left.
-
-    Returns:
-        a dict per prompt: completion (cut before the first stop string), tokens (generated, up to the end of sequence),
-        finish: `eos`, `stop` (a stop string), `length` (max_new_tokens or the context), or `too_long`: the prompt
-        leaves no room in the context, and the completion is empty.
-    """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    room = [int(min(task.max_new_tokens, context - len(p))) for p in prompts]
-    pad, ends = model.generation_config.pad_token_id, set(model.generation_config.eos_token_id)
-    done: list[dict[str, Any]] = []
-    # Prompts with the same room for an answer go together, so that a long one does not cut the answers of the others.
-    for most, group in groupby(zip(room, prompts, strict=True), key=lambda pair: pair[0]):
-        group = [p for _, p in group]
-        if most <= 0:
-            done += [{"completion": "", "tokens": 0, "finish": "too_long"} for _ in group]
-            continue
-        width = max(map(len, group))
-        out = model.generate(
-            input_ids=torch.tensor([[pad] * (width - len(p)) + p for p in group], device=model.device),
-            attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group], device=model.device),
-            max_new_tokens=most,
-            stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, task.stop, width)]),
-        )
-        done += [finish(tokenizer, p, row[width:], ends, task.stop) for p, row in zip(group, out.tolist(), strict=True)]
-    return done
-
-
-def finish(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int], ends: set[int], stop: tuple[str, ...]
-) -> dict[str, Any]:
-    """Cut generated ids at the end of sequence, decode them after their prompt, cut the text at a stop string."""
-    end = next((i for i, t in enumerate(new) if t in ends), None)
-    ids = new[:end]
-    # Decoded together with the prompt: some tokenizers drop the space that a text begins with.
-    before, whole = (tokenizer.decode(i, skip_special_tokens=True) for i in (prompt, prompt + ids))
-    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids, skip_special_tokens=True)
-    cut = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
-    why = "stop" if cut is not None else "eos" if end is not None else "length"
-    return {"completion": text[:cut], "tokens": len(ids), "finish": why}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def score(folder: Path, task: Task) -> dict[str, Any]:
-    """Judge the stored completions of a task and write the verdicts beside them; returns its entry of scores.json."""
-    path = folder / f"{task.name}.{task.protocol}.jsonl"
-    lines = [{**line, **task.score(line["item"], line["completion"])} for line in read_lines(path)]
+def score(config: EvalConfig, folder: Path, job: Job, options: Options) -> dict[str, Any]:
+    """Judge the stored answers of a job and write the verdicts beside them; returns its entry of scores.json."""
+    task, path = job.task, folder / f"{job.name}.jsonl"
+    lines = read_lines(path)
+    settings = run_folder.read_json(folder / SETTINGS).get(job.name, {"task": task.name, "protocol": task.protocol})
+    items = [line["item"] for line in lines]
+    if task.judge_needs_data:
+        job.source.published = settings.get("published_subset", False)
+        items = job.items if job.items is not None else load_items(job, settings.get("limit", 0))
+        if digest(items) != settings.get("dataset_sha256"):
+            raise UserError(f"task {task.name}: the items in {job.source.read} are not those of the stored answers")
+    verdicts = task.judge(items, [{**line, "format": job.format} for line in lines], options)
+    for line, verdict in zip(lines, verdicts, strict=True):
+        line.update(verdict)
+        if too_long(line):
+            line.update(dict.fromkeys(task.metrics, 0))
     write_lines(path, lines)
-    n, correct = len(lines), sum(line["correct"] for line in lines)
-    mean = correct / n
+    groups = [task.group(item) for item in items] if task.group else [""] * len(items)
+    metrics = {m: mean_of([float(line[m]) for line in lines], groups, task.macro) for m in task.metrics}
     return {
-        **run_folder.read_json(folder / SETTINGS).get(f"{task.name}.{task.protocol}", {"task": task.name}),
-        "score": mean,
-        "standard_error": math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None,  # of a mean of n verdicts
-        "correct": correct,
-        "n": n,
-        "nothing_extracted": sum(line["extracted"] is None for line in lines),
-        "cut_at_length": sum(line["finish"] == "length" for line in lines),
-        "prompt_too_long": sum(line["finish"] == "too_long" for line in lines),
+        **settings,
+        **metrics[task.metrics[0]],
+        "n": len(lines),
+        "metrics": metrics,
+        "nothing_extracted": sum(line.get("extracted", "") is None for line in lines),
+        "timeouts": sum(line.get("timeouts", 0) for line in lines),
+        "cut_at_length": sum(why == "length" for line in lines for why in line.get("finish", [])),
+        "prompt_too_long": sum(map(too_long, lines)),
         **run_folder.environment(),
     }
 
 
+def too_long(line: dict[str, Any]) -> bool:
+    """Whether an item's prompt left no room in the context; it counts as wrong."""
+    return line.get("logprobs", 0) is None or "too_long" in line.get("finish", [])
+
+
+def mean_of(values: list[float], groups: list[str], macro: bool) -> dict[str, Any]:
+    """Score and standard error of the mean: over items, or (macro) the unweighted mean over groups."""
+    parts = defaultdict(list)
+    for value, group in zip(values, groups, strict=True):
+        parts[group].append(value)
+    by_group = {g: {"score": statistics.fmean(v), "n": len(v)} for g, v in sorted(parts.items())} if any(groups) else {}
+    units = list(parts.values()) if macro else [values]
+    variances = [statistics.variance(v) / len(v) if len(v) > 1 else math.nan for v in units]
+    error = math.sqrt(sum(variances)) / len(units)
+    out = {
+        "score": statistics.fmean(map(statistics.fmean, units)),
+        "standard_error": None if math.isnan(error) else error,
+    }
+    return {**out, "groups": by_group} if by_group else out
+
+
 def print_table(scores: dict[str, dict[str, Any]]) -> None:
-    print(f"{'task':12} {'protocol':14} {'n':>6} {'score':>8} {'± s.e.':>8} {'no answer':>10} {'cut':>6}")
+    """A line per metric: the first of a task is its score."""
+    print(
+        f"{'task':16} {'protocol':14} {'format':9} {'metric':12} {'n':>6} {'score':>8} {'± s.e.':>7} {'no answer':>9} "
+        f"{'cut':>6} {'timeouts':>8}"
+    )
     for s in scores.values():
-        error = "" if s["standard_error"] is None else f"{s['standard_error']:.2%}"
-        print(
-            f"{s['task']:12} {s['protocol']:14} {s['n']:6d} {s['score']:8.2%} {error:>8} {s['nothing_extracted']:10d} "
-            f"{s['cut_at_length']:6d}"
-        )
+        for metric, value in s["metrics"].items():
+            error = "" if value["standard_error"] is None else f"{value['standard_error']:.2%}"
+            print(
+                f"{s['task']:16} {s['protocol']:14} {s.get('prompt_format', ''):9} {metric:12} {s['n']:6d} "
+                f"{value['score']:8.2%} {error:>7} {s['nothing_extracted']:9d} {s['cut_at_length']:6d} "
+                f"{s['timeouts']:8d}"
+            )
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:

@@ -1,38 +1,62 @@
-"""Mathematics: GSM8K under MetaMath's protocol (meta-math/MetaMath, eval_gsm8k.py)."""
+"""Mathematics: GSM8K and MATH as MetaMath scores them, GSM8K with 8 examples as open-instruct does.
 
+Beside each paper's own rule stands math-verify's verdict. Both are reached in worker processes with a deadline.
+"""
+
+import json
+import random
 import re
+from collections.abc import Callable
+from pathlib import Path
 
-from tasks.task import Task
+from tasks import workers
+from tasks.math_rules import last_boxed
+from tasks.source import Source
+from tasks.task import Answer, Chat, Format, Judge, Options, Task
 from templates import ALPACA
 
-# vLLM's `stop` in MetaMath's script, in its order
+# vLLM's `stop` in MetaMath's scripts, in its order
 METAMATH_STOP = tuple(
     s for word in ("Question", "USER", "ASSISTANT", "Instruction", "Response") for s in (word + ":", word)
 )
+RULES = Path(__file__).with_name("math_rules.py")
 
 
-def metamath_prompt(item: dict) -> str:
-    """The whole question is the instruction: it is not split into instruction and input as training rows are."""
-    return ALPACA.format_map({"instruction": item["question"]}) + " Let's think step by step."
+def judged_by(rule: str, gold: Callable[[dict], object]) -> Judge:
+    """A judge with two metrics: `correct` by a rule of math_rules.py, and `math_verify`.
 
-
-def metamath_number(completion: str) -> int | None:
-    """The number that MetaMath's rule finds in a completion, or None.
-
-    The first number after the last "The answer is: ", rounded to a whole one; a fraction is divided first. Quirks of
-    the rule, kept: only one comma, point or slash belongs to a number, so "1,450,000" is 1450; "1,5" is 15.
+    A verdict that takes more than 5 s of processor time or 2 GiB is "wrong", and is counted.
     """
-    pieces = completion.split("The answer is: ")
-    found = re.search(r"[\-+]?\d*[\.,/]?\d+", pieces[-1].strip()) if len(pieces) > 1 else None
-    if not found:
-        return None
-    numerator, slash, denominator = found.group().replace(",", "").partition("/")
-    try:
-        if slash and denominator != "0":  # the original takes the numerator of n/0
-            return round(float(numerator) / float(denominator))
-        return round(float(numerator))
-    except (ValueError, OverflowError, ZeroDivisionError):  # "/5" has no numerator; infinity cannot be rounded
-        return None
+
+    def judge(items: list[dict], answers: list[Answer], options: Options) -> list[dict]:
+        pairs = [(a["completions"][0], str(gold(item))) for item, a in zip(items, answers, strict=True)]
+        calls = [(r, *pair) for r in (rule, "math_verify") for pair in pairs]
+        results = workers.call_all(RULES, "apply", calls, options.workers)
+        return [
+            {
+                "extracted": own["extracted"] if own else None,
+                "gold": pair[1],
+                "correct": bool(own and own["correct"]),
+                "math_verify": bool(other and other["correct"]),
+                "timeouts": [failed, other_failed].count(workers.TIMEOUT),
+                "crashes": [failed, other_failed].count(workers.CRASH),
+            }
+            for pair, (own, failed), (other, other_failed) in zip(
+                pairs, results[: len(pairs)], results[len(pairs) :], strict=True
+            )
+        ]
+
+    return judge
+
+
+def metamath_prompt(text: str) -> str:
+    """The whole question is the instruction: it is not split into instruction and input as training rows are."""
+    return ALPACA.format_map({"instruction": text}) + " Let's think step by step."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GSM8K
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def gsm8k_gold(item: dict) -> int:
@@ -48,22 +72,102 @@ def gsm8k_gold(item: dict) -> int:
         raise ValueError(f"the answer must end in '#### ' and a whole number, got {item['answer'][-40:]!r}") from None
 
 
-def score_gsm8k(item: dict, completion: str) -> dict:
-    extracted = metamath_number(completion)
-    # float on both sides, as the original compares
-    correct = extracted is not None and float(extracted) == float(gsm8k_gold(item))
-    return {"extracted": extracted, "gold": gsm8k_gold(item), "correct": correct}
+def load_gsm8k(source: Source) -> list[dict]:
+    items = source.rows("gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), ("question", "answer"))
+    return source.checked(items, gsm8k_gold)
 
 
 GSM8K = Task(
     name="gsm8k",
     protocol="metamath",
-    hub=("openai/gsm8k", "main", "test"),
-    file="gsm8k/test.jsonl",
-    columns=("question", "answer"),
-    check=gsm8k_gold,
-    prompt=metamath_prompt,
-    score=score_gsm8k,
+    load=load_gsm8k,
+    formats={"alpaca": Format(lambda item, _: metamath_prompt(item["question"]), METAMATH_STOP)},
+    judge=judged_by("metamath_gsm8k", gsm8k_gold),
+    metrics=("correct", "math_verify"),
     max_new_tokens=512,
-    stop=METAMATH_STOP,
+    versions={1319: "main/test"},
+)
+
+# The 8 examples of Wei et al. (arXiv 2201.11903, table 20), as eval/gsm/examplars.py of open-instruct has them
+SHOTS = json.loads(Path(__file__).with_name("gsm8k_8shot.json").read_text(encoding="utf-8"))
+
+
+def open_instruct_question(item: dict) -> str:
+    shots = "\n\n".join(f"Question: {shot['question']}\nAnswer: {shot['cot_answer']}" for shot in SHOTS)
+    return f"Answer the following questions.\n\n{shots}\n\nQuestion: {item['question'].strip()}"
+
+
+def open_instruct_gold(item: dict) -> str:
+    """The text behind "####", without the commas between digits."""
+    return re.sub(r"(\d),(\d)", r"\1\2", item["answer"].split("####")[1].strip())
+
+
+def load_gsm8k_8shot(source: Source) -> list[dict]:
+    """All items, or the 200 that the published scripts sample."""
+    items = load_gsm8k(source)
+    return random.Random(42).sample(items, 200) if source.published and len(items) > 200 else items
+
+
+GSM8K_8SHOT = Task(
+    name="gsm8k_8shot",
+    protocol="open_instruct",
+    load=load_gsm8k_8shot,
+    formats={
+        "base": Format(lambda item, _: open_instruct_question(item) + "\nAnswer:", ("\n",)),
+        "tulu": Format(lambda item, _: Chat(open_instruct_question(item), "Answer:")),
+        "chat": Format(lambda item, _: Chat(open_instruct_question(item), "Answer:")),
+    },
+    judge=judged_by("open_instruct_gsm8k", open_instruct_gold),
+    metrics=("correct", "math_verify"),
+    max_new_tokens=512,
+    versions={1319: "main/test", 200: "main/test, the published 200"},
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MATH
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+
+def math_gold(item: dict) -> str:
+    r"""The content of the solution's last \boxed{...}.
+
+    Raises:
+        ValueError: there is none.
+    """
+    gold = last_boxed(item["solution"])
+    if gold is None:
+        raise ValueError(f"the solution must hold a \\boxed{{...}}, got ...{item['solution'][-40:]!r}")
+    return gold
+
+
+def load_math(source: Source) -> list[dict]:
+    """The 5,000 test problems: one local file, or seven configurations of the Hub."""
+    columns, hub = ("problem", "level", "type", "solution"), "EleutherAI/hendrycks_math"
+    if source.folder or source.file:
+        items = source.rows("math/test.jsonl.gz", (hub, None, "test"), columns)
+    else:
+        items = [row for subject in SUBJECTS for row in source.rows("", (hub, subject, "test"), columns)]
+    return source.checked([{c: item[c] for c in columns} for item in items], math_gold)
+
+
+MATH = Task(
+    name="hendrycks_math",
+    protocol="metamath",
+    load=load_math,
+    formats={"alpaca": Format(lambda item, _: metamath_prompt(item["problem"]), METAMATH_STOP)},
+    judge=judged_by("metamath_math", math_gold),
+    metrics=("correct", "math_verify"),
+    max_new_tokens=2048,
+    versions={5000: "test"},
+    group=lambda item: item["type"],
 )

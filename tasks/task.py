@@ -1,20 +1,114 @@
-"""What a benchmark is: where its items are, the prompt of an item, and the verdict on a completion."""
+"""What a benchmark is: where its items are, the prompt of an item, and the verdict on an answer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from config import UserError
+from tasks.source import Source
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt for a chat model: one user turn, and the words that the answer is made to begin with."""
+
+    user: str
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A task's prompt in one format, and the strings that end an answer there.
+
+    `prompt` makes the text of an item, or a Chat, which `render` wraps. It is given the tokenizer for protocols that
+    count tokens.
+    """
+
+    prompt: Callable[[dict, PreTrainedTokenizerBase], "str | Chat"]
+    stop: tuple[str, ...] = ()  # a completion ends before the first of these
+
+
+@dataclass(frozen=True)
+class Options:
+    """What judges may need to know of the machine and of the user's wishes."""
+
+    workers: int = 1  # processes that judge at the same time
+    allow_unsafe_code: bool = False  # run programs without a sandbox
+
+
+# An answer of the model: {"completions": [...], "finish": [...], "tokens": [...]} with one entry per sample, or
+# {"logprobs": [...] or None} with one entry per candidate (None: the prompt is longer than the context). A judge gets
+# the word of the prompt's format with it, as "format".
+Answer = dict[str, Any]
+Judge = Callable[[list[dict], list[Answer], Options], list[dict]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark under a named protocol. All functions are pure: prompts and scores can be made again at any time."""
+    """A benchmark under a named protocol. Prompts and verdicts are pure functions and can be made again at any time."""
 
     name: str
     protocol: str
-    hub: tuple[str, str, str]  # dataset id, configuration, split
-    file: str  # where --data_dir holds a local copy
-    columns: tuple[str, ...]  # text columns of an item
-    check: Callable[[dict], None]  # raises ValueError for an item that cannot be scored
-    prompt: Callable[[dict], str]
-    score: Callable[[dict, str], dict]  # (item, completion) -> at least {"extracted": ..., "correct": bool}
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()  # a completion ends before the first of these strings
+    # The items, dicts that JSON can hold. Keys that begin with "_" serve the prompt or the judge and are not stored.
+    load: Callable[[Source], list[dict]]
+    formats: dict[str, Format]  # by the word of --prompt_format; the first is the protocol's default
+    # (items, answers, options) -> a verdict per item: a number in [0, 1] (or a bool) for each metric, and whatever is
+    # worth storing: "extracted" (None is counted), "timeouts" (a number, summed).
+    judge: Judge
+    metrics: tuple[str, ...] = ("correct",)  # the first is the score
+
+    max_new_tokens: int = 0
+    samples: int = 1  # completions per item; each has its own seed
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+
+    # Instead of generating: log-probabilities of candidates. "continuation": of the whole " " + candidate after the
+    # prompt, summed. "next_token": of the last token of " " + candidate at the prompt's end.
+    candidates: Callable[[dict], list[str]] | None = None
+    scoring: Literal["continuation", "next_token"] = "continuation"
+
+    versions: dict[int, str] = field(default_factory=dict)  # number of items -> which release of the data set it is
+    group: Callable[[dict], str] | None = None  # scores are reported per group, too (a subject, a language)
+    macro: bool = False  # the score is the unweighted mean over groups, not over items
+    judge_needs_data: bool = False  # the judge uses "_" keys: --score_only reads the data again
+    check: Callable[[Options], None] | None = None  # raises UserError where this machine cannot judge
+
+
+def tulu(chat: Chat) -> str:
+    """The chat format of open-instruct (eval/templates.py), ready for the assistant's answer; no BOS."""
+    return f"<|user|>\n{chat.user}\n<|assistant|>\n{chat.prefix}"
+
+
+def render(prompt: "str | Chat", format: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the model goes on with, without the BOS that the tokenizer adds.
+
+    A Chat is wrapped as the format says: `tulu`, or `chat`, the tokenizer's own template.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if format == "tulu":
+        return tulu(prompt)
+    if not tokenizer.chat_template:
+        raise UserError(f"prompt_format {format}: the tokenizer {tokenizer.name_or_path} has no chat template")
+    messages = [{"role": "user", "content": prompt.user}]
+    if not prompt.prefix:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:  # the answer's beginning, cut where it goes on: templates strip and close what they are given
+        mark = "<<goes on>>"
+        messages.append({"role": "assistant", "content": prompt.prefix + mark})
+        text = tokenizer.apply_chat_template(messages, tokenize=False).partition(mark)[0]
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def each(score: Callable[[dict, str], dict]) -> Judge:
+    """A judge from a function (item, completion) -> verdict, for tasks of one sample and cheap, safe scoring."""
+
+    def judge(items: list[dict], answers: list[Answer], options: Options) -> list[dict]:
+        return [score(item, answer["completions"][0]) for item, answer in zip(items, answers, strict=True)]
+
+    return judge

@@ -1,7 +1,6 @@
 """Scores: extraction rules, generation, resumption: pytest tests/test_eval.py"""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,88 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config
 import eval as evaluation
+import generation
 from config import UserError
 from tasks import TASKS
-from tasks.math import gsm8k_gold, metamath_number, metamath_prompt, score_gsm8k
-
-# --- MetaMath's rule -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("completion", "number"),
-    [
-        ("So 3+4=7. The answer is: 7", 7),
-        ("The answer is: 7.", 7),
-        ("The answer is: -12 apples", -12),
-        ("The answer is: +5", 5),
-        ("The answer is: $18", 18),
-        ("The answer is: 1,450", 1450),
-        ("The answer is: 1,450,000", 1450),  # one separator only
-        ("The answer is: 3,5", 35),
-        ("The answer is: 2.5", 2),  # Python rounds half to even
-        ("The answer is: 3.5", 4),
-        ("The answer is: .75", 1),
-        ("The answer is: 1/2", 0),
-        ("The answer is: 7/2", 4),
-        ("The answer is: -9/4", -2),
-        ("The answer is: 5/0", 5),  # the numerator
-        ("The answer is: 5/00", None),
-        ("The answer is: /5", None),  # matched as "/5", whose numerator is no number
-        ("The answer is: 4. The answer is: 6", 6),  # the last one
-        ("The answer is: 4 The answer is:6", 4),  # the space belongs to the phrase
-        ("The answer is 7", None),  # and so does the colon
-        ("the answer is: 7", None),
-        ("The answer is: seven", None),
-        ("The answer is: ", None),
-        ("", None),
-        ("7", None),
-        ("The answer is: " + "9" * 400, None),  # infinity
-        ("The answer is: ٣", 3),  # \d is any Unicode digit in the original, too
-    ],
-)
-def test_metamath_number(completion, number):
-    assert metamath_number(completion) == number
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold"),
-    [("x\n#### 18", 18), ("#### 1,450,000", 1450000), ("#### -3", -3), ("a 5", None), ("#### 1.5", None)],
-)
-def test_gsm8k_gold(answer, gold):
-    if gold is None:
-        with pytest.raises(ValueError, match="must end in '#### ' and a whole number"):
-            gsm8k_gold({"answer": answer})
-    else:
-        assert gsm8k_gold({"answer": answer}) == gold
-
-
-def test_prompt_to_the_letter():
-    assert metamath_prompt({"question": "How many\n{x}?"}) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nHow many\n{x}?\n\n### Response: Let's think step by step."
-    )
-
-
-def test_stop_strings_are_metamaths():
-    assert set(TASKS["gsm8k"].stop) == {
-        "Question:", "Question", "USER:", "USER", "ASSISTANT:", "ASSISTANT", "Instruction:", "Instruction",
-        "Response:", "Response",
-    }  # fmt: skip
-
-
-REAL = Path(os.environ.get("GMT_DATA_DIR", "/nonexistent")) / "gsm8k" / "test.jsonl"
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="GMT_DATA_DIR names no folder with gsm8k/test.jsonl")
-def test_every_real_gold_scores_one():
-    """1,319 of 1,319 without commas; with commas 1,318: the rule takes one separator, and one gold has two."""
-    items = [json.loads(line) for line in REAL.read_text().splitlines()]
-    assert len(items) == 1319
-    plain = [score_gsm8k(i, f"Thus. The answer is: {gsm8k_gold(i)}")["correct"] for i in items]
-    commas = [score_gsm8k(i, f"Thus. The answer is: {i['answer'].split('#### ')[1]}")["correct"] for i in items]
-    wrong = [score_gsm8k(i, f"Thus. The answer is: {gsm8k_gold(i) + 1}")["correct"] for i in items]
-    assert (sum(plain), sum(commas), sum(wrong)) == (1319, 1318, 0)
-
+from tasks.math import METAMATH_STOP, metamath_prompt
+from tasks.task import Format
 
 # --- generation ------------------------------------------------------------------------------------------------------
 
@@ -130,7 +52,7 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_di
     assert [line["id"] for line in lines] == list(range(7))
     for line in lines:
         assert (
-            line["prompt"] == metamath_prompt(line["item"])
+            line["prompt"] == metamath_prompt(line["item"]["question"])
             and line["prompt_ids"] == tokenizer(line["prompt"])["input_ids"]
         )
         ids = list(line["prompt_ids"])
@@ -139,10 +61,10 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_di
             if ids[-1] == 1:
                 break
         new = ids[len(line["prompt_ids"]) :]
-        assert line["completion"] == tokenizer.decode(new, skip_special_tokens=True)
-        assert line["finish"] == ("eos" if new[-1] == 1 else "length")
+        assert line["completions"] == [tokenizer.decode(new, skip_special_tokens=True)]
+        assert line["finish"] == ["eos" if new[-1] == 1 else "length"]
     entry = scores["gsm8k.metamath"]
-    assert entry["n"] == 7 and entry["cut_at_length"] == sum(line["finish"] == "length" for line in lines)
+    assert entry["n"] == 7 and entry["cut_at_length"] == sum(line["finish"] == ["length"] for line in lines)
     assert json.loads((tmp_path / "eval" / "scores.json").read_text())["gsm8k.metamath"]["score"] == entry["score"]
 
 
@@ -165,7 +87,8 @@ class Scripted:
     ],
 )
 def test_finish(new, completion, tokens, why):
-    got = evaluation.finish(Scripted(), [65, 66], [ord(c) for c in new], {0}, TASKS["gsm8k"].stop)
+    scripted = generation.Model(None, Scripted(), frozenset({0}), 0, 512)
+    got = generation.finish(scripted, [65, 66], [ord(c) for c in new], METAMATH_STOP)
     assert got == {"completion": completion, "tokens": tokens, "finish": why}
 
 
@@ -186,13 +109,9 @@ def test_a_row_stops_soon_after_a_stop_string(tmp_path, model_dir):
         return CausalLMOutputWithPast(logits=logits)
 
     model.forward = forward
-    import dataclasses
-
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=[1], pad_token_id=2)
-    long = dataclasses.replace(TASKS["gsm8k"], max_new_tokens=300)
-    (got,) = evaluation.generate(model, tokenizer, [tokenizer("q")["input_ids"]], long)
+    ready = generation.Model(model, tokenizer, frozenset({1}), 2, 512)
+    long = generation.Decoding(300, METAMATH_STOP)
+    (got,) = generation.generate(ready, [tokenizer("q")["input_ids"]], long, ["0"])
     assert got["completion"] == " x" and got["finish"] == "stop" and len(calls) <= 20
 
 
@@ -202,7 +121,7 @@ def test_a_prompt_beyond_the_context_is_counted_and_wrong(tmp_path):
     write_rows(tmp_path / "items.jsonl", rows)
     entry = evaluation.main(args(tmp_path, model))["gsm8k.metamath"]
     assert entry["prompt_too_long"] == 1 and entry["n"] == 2
-    assert [line["finish"] == "too_long" for line in stored(tmp_path / "eval")] == [False, True]
+    assert [line["finish"] == ["too_long"] for line in stored(tmp_path / "eval")] == [False, True]
 
 
 # --- scores, resumption ----------------------------------------------------------------------------------------------
@@ -213,11 +132,11 @@ def test_score_and_standard_error(tmp_path, model_dir):
     evaluation.main(args(tmp_path, model_dir))
     lines = stored(tmp_path / "eval")
     for line in lines[:2]:
-        line["completion"] = f"The answer is: {line['id']}"
+        line["completions"] = [f"The answer is: {line['id']}"]
     (tmp_path / "eval" / "gsm8k.metamath.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--tasks", "gsm8k", "--score_only", "--output_dir", str(tmp_path / "eval")]
     entry = evaluation.main(words)["gsm8k.metamath"]  # without model and data
-    assert (entry["score"], entry["correct"], entry["n"]) == (0.4, 2, 5)
+    assert (entry["score"], entry["n"]) == (0.4, 5)
     assert entry["standard_error"] == pytest.approx((0.4 * 0.6 / 4) ** 0.5)
     assert [line["correct"] for line in stored(tmp_path / "eval")] == [True, True, False, False, False]
 
@@ -231,7 +150,7 @@ def test_limit_takes_the_first_items(tmp_path, model_dir):
 def test_a_cut_run_goes_on_and_a_finished_one_is_reused(tmp_path, model_dir, monkeypatch):
     items_file(tmp_path)
     evaluation.main(args(tmp_path, model_dir, out="whole"))
-    generate, calls = evaluation.generate, []
+    generate, calls = generation.generate, []
 
     def cut(*a):
         calls.append(1)
@@ -239,7 +158,7 @@ def test_a_cut_run_goes_on_and_a_finished_one_is_reused(tmp_path, model_dir, mon
             raise KeyboardInterrupt
         return generate(*a)
 
-    monkeypatch.setattr(evaluation, "generate", cut)
+    monkeypatch.setattr(generation, "generate", cut)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(args(tmp_path, model_dir))
     evaluation.main(args(tmp_path, model_dir))
@@ -275,7 +194,8 @@ def test_nothing_stale_is_reused(tmp_path, monkeypatch):
     items_file(tmp_path, 3)
     model = make_model(tmp_path / "m")
     evaluation.main(args(tmp_path, model))
-    other = dataclasses.replace(TASKS["gsm8k"], prompt=lambda item: item["question"])
+    formats = {"alpaca": Format(lambda item, tokenizer: item["question"], METAMATH_STOP)}
+    other = dataclasses.replace(TASKS["gsm8k"], formats=formats)
     with monkeypatch.context() as m, pytest.raises(UserError, match="prompts_sha256"):
         m.setitem(TASKS, "gsm8k", other)
         evaluation.main(args(tmp_path, model))
@@ -313,8 +233,8 @@ def test_a_long_prompt_does_not_cut_the_answers_of_its_batch(tmp_path):
     evaluation.main(args(tmp_path, model, "--batch_size", "4"))
     evaluation.main(args(tmp_path, model, "--batch_size", "1", out="single"))
     together, alone = stored(tmp_path / "eval"), stored(tmp_path / "single")
-    assert together == alone and [line["finish"] for line in alone] == ["length"] * 4
-    assert alone[0]["tokens"] == alone[3]["tokens"] == 24 > alone[1]["tokens"] == alone[2]["tokens"] > 0
+    assert together == alone and [line["finish"] for line in alone] == [["length"]] * 4
+    assert alone[0]["tokens"] == alone[3]["tokens"] == [24] > alone[1]["tokens"] == alone[2]["tokens"] > [0]
 
 
 def test_data_dir_holds_a_copy_of_each_benchmark(tmp_path, model_dir):
@@ -325,12 +245,12 @@ def test_data_dir_holds_a_copy_of_each_benchmark(tmp_path, model_dir):
 
 
 def test_the_hub_is_asked_for_the_right_split(monkeypatch):
-    import sources
+    import datasets
 
     asked = []
-    monkeypatch.setattr(sources, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
     with pytest.raises(UserError, match=r"dataset openai/gsm8k, split test: no local path, and neither Hub nor cache"):
-        evaluation.load_items(TASKS["gsm8k"], "", 0)
+        evaluation.load_items(evaluation.choose_tasks(config.EvalConfig(["gsm8k"], "o"))[0], 0)
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 

@@ -1,0 +1,191 @@
+"""When a mathematical answer is right: the papers' rules to the letter, and math-verify's verdict.
+
+This file imports the standard library alone (and math-verify where it is called), since workers load it by its path.
+"""
+
+import re
+import string
+
+PHRASE = "The answer is: "  # that MetaMath's answers end in
+
+
+def apply(rule: str, completion: str, gold: str) -> dict:
+    """{"extracted": what the rule found in the completion, or None; "correct": bool} of a rule of RULES."""
+    return RULES[rule](completion, gold)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MetaMath, GSM8K: eval_gsm8k.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def metamath_number(completion: str) -> int | None:
+    """The number that MetaMath's rule finds in a completion, or None.
+
+    The first number after the last "The answer is: ", rounded to a whole one; a fraction is divided first. Quirks of
+    the rule, kept: only one comma, point or slash belongs to a number, so "1,450,000" is 1450; "1,5" is 15.
+    """
+    pieces = completion.split(PHRASE)
+    found = re.search(r"[\-+]?\d*[\.,/]?\d+", pieces[-1].strip()) if len(pieces) > 1 else None
+    if not found:
+        return None
+    numerator, slash, denominator = found.group().replace(",", "").partition("/")
+    try:
+        if slash and denominator != "0":  # the original takes the numerator of n/0
+            return round(float(numerator) / float(denominator))
+        return round(float(numerator))
+    except (ValueError, OverflowError, ZeroDivisionError):  # "/5" has no numerator; infinity cannot be rounded
+        return None
+
+
+def metamath_gsm8k(completion: str, gold: str) -> dict:
+    extracted = metamath_number(completion)
+    # float on both sides, as the original compares
+    return {"extracted": extracted, "correct": extracted is not None and float(extracted) == float(gold)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MetaMath, MATH: eval_math.py and util.py, whose normaliser is that of lm-eval and (nearly) of hendrycks/math
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def metamath_answer(completion: str) -> str | None:
+    """What follows the last "The answer is: ", up to a point that ends a line or the text; None without the phrase."""
+    pieces = completion.split(PHRASE)
+    return pieces[-1].split(".\n")[0].strip().removesuffix(".").strip() if len(pieces) > 1 else None
+
+
+def last_boxed(solution: str) -> str | None:
+    r"""The content of the last \boxed{...} of a solution, or None; a last \fbox counts as having none."""
+    start = solution.rfind(r"\boxed")
+    if start < 0 or not solution.startswith(r"\boxed{", start):
+        return None
+    depth = 0
+    for i in range(start, len(solution)):
+        depth += {"{": 1, "}": -1}.get(solution[i], 0)
+        if solution[i] == "}" and depth == 0:
+            return solution[start + len(r"\boxed{") : i]
+    return None
+
+
+def normalise(answer: str) -> str:
+    """The form in which two answers are compared.
+
+    Raises:
+        ValueError, IndexError: where the original's code fails; equivalent() then compares the raw texts.
+    """
+    s = answer.replace("\n", "").replace(r"\!", "").replace("\\\\", "\\")
+    s = s.replace("tfrac", "frac").replace("dfrac", "frac").replace(r"\left", "").replace(r"\right", "")
+    s = s.replace(r"^{\circ}", "").replace(r"^\circ", "").replace(r"\$", "")
+    if r"\text{ " in s:  # a unit on the right
+        s, _ = s.split(r"\text{ ")
+    s = s.replace(r"\%", "").replace(r"\%", "")  # twice, as the original
+    s = s.replace(" .", " 0.").replace("{.", "{0.")
+    if not s:
+        return s
+    if s[0] == ".":
+        s = "0" + s
+    left, *right = s.split("=")
+    if len(right) == 1 and len(left) <= 2:  # "k = "
+        s = right[0]
+    s = _brace_roots(s).replace(" ", "")
+    s = _brace_fractions(s)
+    if s == "0.5":
+        s = r"\frac{1}{2}"
+    if s.count("/") == 1:  # of anything but whole numbers the original fails
+        a, b = map(int, s.split("/"))
+        s = rf"\frac{{{a}}}{{{b}}}" if s == f"{a}/{b}" else s
+    return s
+
+
+def _brace_roots(s: str) -> str:
+    r"""\sqrt3 -> \sqrt{3}"""
+    first, *roots = s.split(r"\sqrt")
+    return first + "".join(r"\sqrt" + (r if r[0] == "{" else f"{{{r[0]}}}{r[1:]}") for r in roots)
+
+
+def _brace_fractions(s: str) -> str:
+    r"""\frac12 and \frac1{2} -> \frac{1}{2}; a fraction that is cut off leaves the whole text as it is."""
+    first, *fractions = s.split(r"\frac")
+    out = [first]
+    for f in fractions:
+        if f[0] == "{":
+            out.append(f)
+        elif len(f) < 2:
+            return s
+        else:
+            out.append(f"{{{f[0]}}}{f[1:]}" if f[1] == "{" else f"{{{f[0]}}}{{{f[1]}}}{f[2:]}")
+    return r"\frac".join(out)
+
+
+def equivalent(a: str | None, b: str | None) -> bool:
+    """Whether two answers are equal once normalised; two that are missing are."""
+    if a is None or b is None:
+        return a is b
+    try:
+        return normalise(a) == normalise(b)
+    except (ValueError, IndexError):
+        return a == b
+
+
+def metamath_math(completion: str, gold: str) -> dict:
+    extracted = metamath_answer(completion)
+    return {"extracted": extracted, "correct": extracted is not None and equivalent(extracted, gold)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# open-instruct, GSM8K: eval/gsm/run_eval.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_instruct_gsm8k(completion: str, gold: str) -> dict:
+    """The last number of the completion, or all of it, equals the gold once punctuation is deleted from both.
+
+    Quirks of the rule, kept: a minus sign and a decimal point are punctuation, so -5 is 5 and 0.5 is 05.
+    """
+    text = re.sub(r"(\d),(\d)", r"\1\2", completion)
+    numbers = re.findall(r"[-+]?\d*\.\d+|\d+", text)
+    return {
+        "extracted": numbers[-1] if numbers else None,
+        "correct": exact_match(numbers[-1] if numbers else text, gold),
+    }
+
+
+def exact_match(a: str, b: str) -> bool:
+    """`exact_match` of the evaluate library with ignore_case and ignore_punctuation."""
+    return a.lower().translate(_NO_PUNCTUATION) == b.lower().translate(_NO_PUNCTUATION)
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# math-verify
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def math_verify(completion: str, gold: str) -> dict:
+    """math-verify's verdict on the answer behind MetaMath's phrase as a formula, or, without it, on the completion."""
+    import math_verify as library
+
+    answer = metamath_answer(completion)
+    said = completion if answer is None else f"${answer.strip('$')}$"
+    # No timeouts of its own: they work in a main thread alone, and do not end all that can hang.
+    parsed = library.parse(said, parsing_timeout=None)
+    wanted = library.parse(f"${gold}$", parsing_timeout=None)
+    return {"correct": bool(parsed) and library.verify(wanted, parsed, timeout_seconds=None)}
+
+
+def prepare() -> None:
+    """Import at a worker's start what takes long to import."""
+    import math_verify as library
+
+    library.parse("$1$", parsing_timeout=None)
+
+
+RULES = {
+    "metamath_gsm8k": metamath_gsm8k,
+    "metamath_math": metamath_math,
+    "open_instruct_gsm8k": open_instruct_gsm8k,
+    "math_verify": math_verify,
+}
