@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 import templates
 from config import UserError, nearest
-from templates import IGNORE, TEMPLATES, encode_row
+from templates import IGNORE, TEMPLATES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
@@ -95,18 +95,23 @@ def tokenise(
     processes = processes or processes_for(len(rows))
     kind = TEMPLATES[template]
 
-    def encode(row: dict, index: int) -> dict:
-        try:
-            ids, labels = encode_row(kind, row, tokenizer)
-        except UserError as e:
-            raise UserError(f"row {index + 1} of the dataset: {e}") from None
-        empty, cut = not ids, len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
-        trained = sum(label != IGNORE for label in labels)
-        left_out = trained == 0 or (cut and overlong == "drop")
-        return {
-            "input_ids": ids, "labels": labels, "trained": trained, "cut": cut, "empty": empty, "left_out": left_out
-        }  # fmt: skip
+    def encode_rows(columns: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rendered = []
+        for index, *values in zip(indices, *columns.values(), strict=True):
+            try:
+                rendered.append(templates.render(kind, dict(zip(columns, values, strict=True)), tokenizer))
+            except UserError as e:
+                raise UserError(f"row {index + 1} of the dataset: {e}") from None
+        out: dict[str, list] = {name: [] for name in _FEATURES}
+        for ids, labels in templates.encode(kind, rendered, tokenizer):
+            cut = len(ids) > max_length
+            trained = sum(label != IGNORE for label in labels[:max_length])
+            left_out = trained == 0 or (cut and overlong == "drop")
+            for name, value in zip(
+                out, (ids[:max_length], labels[:max_length], trained, cut, not ids, left_out), strict=True
+            ):
+                out[name].append(value)
+        return out
 
     # A name of our own for the cached result: hashing a tokenizer object is slow and not stable. The code is part of
     # it, so that an edited template is not served from the cache.
@@ -114,7 +119,8 @@ def tokenise(
     identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, code)
     try:
         encoded = rows.map(
-            encode,
+            encode_rows,
+            batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
             features=_FEATURES,

@@ -4,6 +4,7 @@ To add one, enter it in TEMPLATES: a `Pair` makes (prompt, response) of a row; a
 or not, of the messages of a conversation, which is also what DPO needs of a prompt's messages and one answer.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -141,56 +142,55 @@ TEMPLATES: dict[str, Pair | Conversation] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode_row(
-    template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Token ids of a row and their labels (IGNORE where not trained); both empty where a message of it is empty.
-
-    One beginning-of-sequence token if the tokenizer adds one, else none.
+def render(template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The segments of a row; none where a message of it is empty.
 
     Raises:
         UserError: the row cannot be rendered; a response is empty.
     """
     if isinstance(template, Conversation):
         messages = row[MESSAGES]
-        if not messages or any(not (m["content"] or "").strip() for m in messages):
-            return [], []
-        return encode_segments(template.render(messages, tokenizer), tokenizer, template.special_tokens)
+        empty = not messages or any(not (m["content"] or "").strip() for m in messages)
+        return [] if empty else template.render(messages, tokenizer)
     prompt, response = template.render(row)
     if not response.strip():
         raise UserError("the response is empty")
-    segments = [Segment(prompt, False), Segment(response, True)]
-    ids, labels = encode_segments(segments, tokenizer, apart=template.apart)
-    if ids[-1] != tokenizer.eos_token_id:
-        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-    return ids, labels
+    return [Segment(prompt, False), Segment(response, True)]
 
 
-def encode_segments(
-    segments: list[Segment], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True, apart: bool = False
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of segments of text.
+def encode(
+    template: Pair | Conversation, rendered: list[list[Segment]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels (IGNORE where not trained) of rendered rows; the EOS of a Pair is added here.
 
     As one text, a segment ends after as many tokens as the text up to there has when it is tokenised alone, as in
-    MetaMath and open-instruct. `apart`, the segments' own tokens are strung together, as in Magicoder.
+    MetaMath and open-instruct. `apart`, the segments' own tokens are strung together, as in Magicoder. One
+    beginning-of-sequence token if the tokenizer adds one, else none.
     """
-    if apart:
+    pair, special_tokens = isinstance(template, Pair), getattr(template, "special_tokens", True)
+    if pair and template.apart:
+        firsts = encode_prompts(tokenizer, [segments[0].text for segments in rendered])
+        others = iter(encode_prompts(tokenizer, [s.text for segments in rendered for s in segments[1:]], False))
         pieces = [
-            encode_prompts(tokenizer, [s.text], special_tokens and i == 0)[0] if s.text or i == 0 else []
-            for i, s in enumerate(segments)
+            [first, *(next(others) for _ in segments[1:])] for first, segments in zip(firsts, rendered, strict=True)
         ]
-        ids = [token for piece in pieces for token in piece]
-        ends = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+        up_to = [list(itertools.accumulate(parts)) for parts in pieces]  # [prompt, prompt + response] of each row
     else:
-        texts = ["".join(s.text for s in segments[: i + 1]) for i in range(len(segments))]
-        encoded = encode_prompts(tokenizer, texts, special_tokens)
-        ids, ends = encoded[-1] if encoded else [], list(map(len, encoded))
-    labels, start = [IGNORE] * len(ids), 1  # the first token is never predicted: it is not trained
-    for segment, end in zip(segments, ends, strict=True):
-        if segment.trained:
-            labels[start:end] = ids[start:end]
-        start = max(start, end)
-    return ids, labels
+        texts = [list(itertools.accumulate(s.text for s in segments)) for segments in rendered]
+        encoded = iter(encode_prompts(tokenizer, [text for parts in texts for text in parts], special_tokens))
+        up_to = [[next(encoded) for _ in parts] for parts in texts]
+    out = []
+    for segments, prefixes in zip(rendered, up_to, strict=True):
+        ids = prefixes[-1] if prefixes else []
+        labels, start = [IGNORE] * len(ids), 1  # the first token is never predicted: it is not trained
+        for segment, end in zip(segments, map(len, prefixes), strict=True):
+            if segment.trained:
+                labels[start:end] = ids[start:end]
+            start = max(start, end)
+        if pair and ids[-1] != tokenizer.eos_token_id:
+            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        out.append((ids, labels))
+    return out
 
 
 def encode_prompts(
