@@ -98,17 +98,23 @@ def test_every_configurations_sources_are_asked_for(tmp_path, monkeypatch, capsy
 def test_tasks_come_into_a_cache(tmp_path, monkeypatch, capsys):
     import datasets
 
-    import eval as evaluation
-
     asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split, datasets.config.HF_DATASETS_CACHE))
+        if names[0] != "openai/gsm8k":
+            raise OSError("gone")
+        return datasets.Dataset.from_list([{"question": "?", "answer": "#### 1"}])
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        evaluation, "load_items", lambda task, *a: asked.append((task.name, datasets.config.HF_DATASETS_CACHE))
-    )
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     download.main([str(tmp_path / "f"), "--tasks", "gsm8k"])
-    assert asked == [("gsm8k", tmp_path / "f" / "cache")]
+    assert asked == [("openai/gsm8k", "main", "test", tmp_path / "f" / "cache")]
     assert f"HF_HUB_OFFLINE=1 HF_DATASETS_CACHE={tmp_path}/f/cache" in capsys.readouterr().out
+    with pytest.raises(UserError, match="hendrycks_math: dataset EleutherAI/hendrycks_math, split test: .*gone"):
+        download.main([str(tmp_path / "f"), "--tasks", "hendrycks_math", "math"])
+    assert len([a for a in asked if "main" in a]) == 2  # what can be fetched is
 
 
 def test_errors(tmp_path, hub):
