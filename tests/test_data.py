@@ -58,11 +58,13 @@ def test_overlong_examples_are_cut_or_dropped_and_counted(tmp_path, tokenizer):
     rows = [{"query": "q", "response": r} for r in ("ab", "abcdef")] + [{"query": "q" * 400, "response": "a"}]
     rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
     cut = data.tokenise(rows, tokenizer, "metamath", prompt_length + 4)
-    assert (cut.lengths.tolist(), cut.truncated, cut.dropped) == ([prompt_length + 3, prompt_length + 4], 1, 1)
+    assert (cut.lengths.tolist(), cut.truncated, cut.left_out.total()) == ([prompt_length + 3, prompt_length + 4], 1, 1)
     assert cut.rows[1]["labels"][-4:] == tokenizer("abcd")["input_ids"]  # without EOS: the text goes on
     dropped = data.tokenise(rows, tokenizer, "metamath", prompt_length + 4, "drop")
-    assert (len(dropped), dropped.truncated, dropped.dropped) == (1, 0, 2)
-    with pytest.raises(UserError, match="none of the 3 examples has a token to train on within max_length 10"):
+    assert (len(dropped), dropped.truncated, dropped.left_out.total()) == (1, 0, 2)
+    with pytest.raises(
+        UserError, match="none of the 3 examples can be trained on: 3 with no token to train on within max_length"
+    ):
         data.tokenise(rows, tokenizer, "metamath", 10)
 
 
