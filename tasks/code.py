@@ -222,7 +222,7 @@ def evalplus_job(item: dict, program: str) -> Job:
         "least": 4.0,
         "factor": 4.0,
     }
-    return Job("judge_inputs", data, seconds=60.0)
+    return Job("judge_inputs", data, seconds=60.0, spare=120.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class Job:
 
     judge: str
     data: dict[str, Any]
-    seconds: float  # wall time for everything after the start
+    seconds: float  # that the program may take in all, by the clock
+    spare: float = 5.0  # that the judge itself may take besides
     limits: Limits = field(default_factory=Limits)
 
 
@@ -124,7 +125,7 @@ def start(role: str, job: Job, sock: socket.socket, folder: str | None, **stream
         "role": role,
         "fd": sock.fileno(),
         "paths": packages,
-        "limits": job.limits.rlimits(job.seconds),
+        "limits": job.limits.rlimits(job.seconds + job.spare * (role == "judge")),
     }
     python = [interpreter, "-s", "-S", "-P", "-B", "-c", (HERE / "inside.py").read_text(), json.dumps(arguments)]
     return subprocess.Popen(
@@ -161,6 +162,7 @@ def _run(job: Job, unsafe: bool) -> tuple[str, str]:
         "judge": job.judge,
         "data": job.data,
         "seconds": job.seconds,
+        "spare": job.spare,
         "patience": PATIENCE,
     }
     quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
@@ -175,7 +177,7 @@ def _run(job: Job, unsafe: bool) -> tuple[str, str]:
             judge = start("judge", job, other, folder, stdin=pipe, stdout=pipe, stderr=pipe)
             ends.callback(kill, judge)
         try:
-            out, err = judge.communicate(json.dumps(words).encode(), timeout=PATIENCE + job.seconds + 5)
+            out, err = judge.communicate(json.dumps(words).encode(), timeout=PATIENCE + job.seconds + job.spare + 5)
         except subprocess.TimeoutExpired as e:
             out, err = e.stdout or b"", b"did not end in time"
     return out.decode(errors="replace"), err.decode(errors="replace")
