@@ -120,8 +120,8 @@ def agree(name, task, arguments, out, expected, atol):
         same = set(out) == set(expected)
     elif task and name in NOT_NONE:
         same = out == (expected is not None) if isinstance(out, bool) else (out is not None) == (expected is not None)
-    if same is True or atol == 0:
-        return same is True
+    if same or atol == 0:
+        return bool(same)
     return type(out) is type(expected) and close(out, expected, atol)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import UserError
+from tasks import seccomp
 
 HERE = Path(__file__).parent
 NOBODY = 65534
@@ -114,7 +115,7 @@ def bubblewrap(limits: Limits) -> list[str]:
             words += ["--ro-bind", f"/{name}", f"/{name}"]
     words += [w for f in folders for w in ("--ro-bind", f, f)]
     words += [w for f in ("null", "zero", "random", "urandom") for w in ("--dev-bind", f"/dev/{f}", f"/dev/{f}")]
-    words += ["--size", str(limits.tmp_mib * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/", "--"]
+    words += ["--size", str(limits.tmp_mib * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
     return words
 
 
@@ -128,14 +129,18 @@ def start(role: str, job: Job, sock: socket.socket, folder: str | None, **stream
         "limits": job.limits.rlimits(job.seconds + job.spare * (role == "judge")),
     }
     python = [interpreter, "-s", "-S", "-P", "-B", "-c", (HERE / "inside.py").read_text(), json.dumps(arguments)]
-    return subprocess.Popen(
-        python if folder else bubblewrap(job.limits) + python,
-        cwd=folder,
-        env=ENVIRONMENT if folder else None,
-        pass_fds=[sock.fileno()],
-        start_new_session=True,
-        **streams,
-    )
+    if folder:
+        return subprocess.Popen(
+            python, cwd=folder, env=ENVIRONMENT, pass_fds=[sock.fileno()], start_new_session=True, **streams
+        )
+    words, fds = bubblewrap(job.limits), [sock.fileno()]
+    with contextlib.ExitStack() as files:
+        if filter := seccomp.program():
+            file = files.enter_context(open(os.memfd_create("seccomp"), "w+b", buffering=0))
+            file.write(filter)
+            file.seek(0)
+            words, fds = [*words, "--seccomp", str(file.fileno())], [*fds, file.fileno()]
+        return subprocess.Popen([*words, "--", *python], pass_fds=fds, start_new_session=True, **streams)
 
 
 def run(job: Job, unsafe: bool = False) -> dict[str, Any]:
@@ -217,12 +222,12 @@ def timed_out(verdict: dict[str, Any]) -> bool:
 
 # What a program must not be able to do, each as an expression that is true where it can.
 PROBE = """
-import os, resource, signal, socket
+import mmap, os, signal, socket
 
 def can(f, *arguments):
     try:
         return bool(f(*arguments))
-    except (OSError, MemoryError, AttributeError):
+    except OSError:
         return False
 
 def connects(address):
@@ -259,7 +264,7 @@ def probe(canary, port, processes, memory, tmp):
         "use the network": can(connects, ("127.0.0.1", port)),
         "see the environment": "GMT_SANDBOX_CANARY" in os.environ or "PATH" in os.environ,
         "start many processes": can(forks, processes + 1),
-        "take much memory": can(bytearray, memory + 1),
+        "take much memory": can(mmap.mmap, -1, memory + 1),
         "be root": os.geteuid() == 0 and os.getuid() == 0 and can(os.setgroups, []),
     }.items() if found]
 """
@@ -294,7 +299,7 @@ def probe() -> str:
             "factor": 1,
         }
         try:
-            verdict = run(Job("judge_inputs", data, 20, limits))
+            verdict = run(Job("judge_inputs", data, seconds=20.0, limits=limits))
         except UserError as e:
             return str(e)
     return "" if verdict["base"] == "passed" else f"it does not hold: {verdict['reason']}"

@@ -29,11 +29,11 @@ FORGERS = {
     "deep list": "def f(x):\n    a = []\n    for _ in range(100000): a = [a]\n    return a",
     "huge output": "def f(x): return 'a' * (100 << 20)",
     "huge integer": "def f(x): return 1 << (1 << 24)",
-    "prints the verdict": "print('started\\n{\"base\": \"passed\"}', flush=True)\ndef f(x): return 0",
+    "prints the verdict": 'print(\'started\\n{"base": "passed"}\', flush=True)\ndef f(x): return 0',
     "patched builtins": "import builtins\nfor n in ('len', 'isinstance', 'hasattr', 'abs', 'all', 'type'):\n"
     "    setattr(builtins, n, lambda *a: True)\ndef f(x): return 0",
     "no AssertionError": "import builtins\nbuiltins.AssertionError = BaseException\n__debug__x = 0\ndef f(x): return 0",
-    "patched json": "import json\njson.dumps = lambda *a, **k: '{\"base\": \"passed\", \"value\": true}'\ndef f(x): return 0",
+    "patched json": 'import json\njson.dumps = lambda *a, **k: \'{"base": "passed", "value": true}\'\ndef f(x): return 0',
     "patched runner": "import sys\nm = sys.modules['__main__']\nm.encode = lambda *a: {'base': 'passed'}\ndef f(x): return 0",
     "patched equality of judges": "import sys\nm = sys.modules['__main__']\nm.Remote.__eq__ = lambda *a: True\n"
     "m.Candidate.call = lambda *a, **k: 2\nm.Failed.why = 'passed'\ndef f(x): return m.Remote(None, 0)",
@@ -41,7 +41,7 @@ FORGERS = {
     "raises Failed": "import sys\ndef f(x): raise sys.modules['__main__'].Failed('passed')",
     "raises an evil repr": "class E(Exception):\n    def __repr__(self): raise SystemExit\ndef f(x): raise E()",
     "writes to all descriptors": "import os\ndef f(x):\n    for fd in range(3, 256):\n        for text in "
-    "(b'started\\n{\"base\": \"passed\"}', b'\\0\\0\\0\\x13{\"base\": \"passed\"}  ',"
+    '(b\'started\\n{"base": "passed"}\', b\'\\0\\0\\0\\x13{"base": "passed"}  \','
     " b'\\0\\0\\0\\x10{\"value\": true}  '):\n"
     "            try: os.write(fd, text)\n            except OSError: pass\n    return 0",
     "answers in advance": "import os, struct\nfor fd in range(3, 64):\n    for v in range(50):\n"
@@ -52,9 +52,9 @@ FORGERS = {
     "deep JSON": "import os, struct\nt = b'{\"value\": ' + b'[' * 100000 + b']' * 100000 + b'}'\n"
     "for fd in range(3, 64):\n    try: os.write(fd, struct.pack('>I', len(t)) + t)\n    except OSError: pass\n"
     "def f(x): return 0",
-    "foreign objects": "import os, struct\nt = b'{\"value\": {\"object\": \"f\"}}'\nfor fd in range(3, 64):\n"
+    "foreign objects": 'import os, struct\nt = b\'{"value": {"object": "f"}}\'\nfor fd in range(3, 64):\n'
     "    try: os.write(fd, struct.pack('>I', len(t)) + t)\n    except OSError: pass\ndef f(x): return 0",
-    "unknown tags": "import os, struct\nt = b'{\"value\": {\"eval\": \"exit()\"}}'\nfor fd in range(3, 64):\n"
+    "unknown tags": 'import os, struct\nt = b\'{"value": {"eval": "exit()"}}\'\nfor fd in range(3, 64):\n'
     "    try: os.write(fd, struct.pack('>I', len(t)) + t)\n    except OSError: pass\ndef f(x): return 0",
     "closes all descriptors": "import os\ndef f(x):\n    os.closerange(0, 256); return 0",
     "infinite loop": "def f(x):\n    while True: pass",
@@ -142,7 +142,12 @@ ATTEMPTS = {
     "a better priority": "import os; os.setpriority(os.PRIO_PROCESS, 0, -5)",
     "another host name": "import socket; socket.sethostname('x')",
     "keys of the kernel": "import ctypes; l = ctypes.CDLL(None); assert l.syscall(250, 0, -4, 0) > 0",
-    "runs the host's compiler cache": "import os; assert os.path.exists('/root/.ssh') or os.path.exists('/var/lib')",
+    "sees the system's data": "import os; assert os.path.exists('/root/.ssh') or os.path.exists('/var/lib')",
+    "one more process": "import os\nif not os.fork(): os._exit(0)",
+    "spawns": "import os; os.posix_spawn('/bin/true', ['true'], {})",
+    "shared memory": "import ctypes; l = ctypes.CDLL(None); assert l.shmget(0, 1 << 20, 0o1600) >= 0",
+    "memory files": "import os; os.memfd_create('x')",
+    "32-bit calls": "import ctypes; l = ctypes.CDLL(None); assert l.syscall(0x40000000 + 39) > 0",
     "the terminal": "open('/dev/tty')",
     "disks": "import os; assert any(n.startswith(('sd', 'vd', 'nvme')) for n in os.listdir('/dev'))",
     "devices": "import os; os.mknod('/tmp/d', 0o600 | 0o060000, os.makedev(8, 0))",

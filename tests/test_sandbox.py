@@ -1,0 +1,291 @@
+"""The sandbox: right programs pass, hostile ones do not and leave nothing, and its absence is refused."""
+
+import itertools
+import json
+import math
+import os
+import socket
+import struct
+import time
+from collections import Counter, OrderedDict, deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import hostile
+import psutil
+import pytest
+
+from config import UserError
+from tasks import inside, sandbox, seccomp
+from tasks.sandbox import Job, Limits
+
+WHY = sandbox.probe()
+needs_sandbox = pytest.mark.skipif(bool(WHY), reason=f"no sandbox here: {WHY}")
+ROOT = Path(__file__).parents[1]
+
+
+def inputs_job(program: str, inputs: tuple[int, ...] = (3, 5, 7)) -> Job:
+    """f(x) must be x * x + 1."""
+    data = {
+        "program": program,
+        "reference": "def f(x): return x * x + 1",
+        "entry_point": "f",
+        "task": 0,
+        "base": [[x] for x in inputs],
+        "atol": 0,
+        "least": 1.0,
+        "factor": 1.0,
+    }
+    return Job("judge_inputs", data, 3.0, limits=Limits(memory_mib=512, tmp_mib=16))
+
+
+def asserts_job(program: str, tests: str, reference: str = "def f(x): return x + 1", seconds: float = 3.0) -> Job:
+    data = {"program": program, "reference": reference, "remote": None, "tests": {"base": tests}}
+    return Job("judge_asserts", data, seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def attack(tmp_path_factory):
+    """{name: verdict} of all hostile programs, a right one after each, and what was left of them on the machine."""
+    os.environ["GMT_SECRET"] = "x"
+    server = socket.create_server(("127.0.0.1", 0))
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind("\0gmt-test")
+    unix.listen()
+    values = {"PROJECT": str(ROOT / "README.md"), "PORT": server.getsockname()[1], "HOST": os.getpid()}
+    escapes = hostile.escapes(**values, ABSTRACT="gmt-test")
+    programs = hostile.FORGERS | escapes
+    written = [f"/tmp/{name}" for name in ("x", "l", "env", "d", "39")] + ["/x", "/usr/x", "/dev/shm/x"]
+    processes, files = pids(), {f for f in written if os.path.lexists(f)}
+    calm = itertools.count()
+
+    def attempt(program: str) -> tuple[dict, dict | None]:
+        verdict = sandbox.run(inputs_job(program, (3,) if program in escapes.values() else (3, 5, 7)))
+        return verdict, sandbox.run(inputs_job("def f(x): return x * x + 1")) if next(calm) % 8 == 0 else None
+
+    with server, unix, ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(attempt, programs.values()))
+    for _ in range(50):  # those that were killed need a moment
+        if not (left := pids() - processes):
+            break
+        time.sleep(0.1)
+    del os.environ["GMT_SECRET"]
+    return {
+        "verdicts": {name: v for name, (v, _) in zip(programs, verdicts, strict=True)},
+        "right": [v for _, v in verdicts if v],
+        "processes": left,
+        "files": {f for f in written if os.path.lexists(f)} - files,
+    }
+
+
+def pids() -> set[tuple[int, str]]:
+    """Sandboxes, and what else runs as their user."""
+    found = set()
+    for p in psutil.process_iter(["cmdline", "uids"]):
+        words, uids = p.info["cmdline"] or [], p.info["uids"]
+        if words[:1] == ["bwrap"] or (os.geteuid() == 0 and uids and uids.real == sandbox.NOBODY):
+            found.add((p.pid, " ".join(words)[:80]))
+    return found
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", [*hostile.FORGERS, *hostile.ATTEMPTS])
+def test_hostile_program_does_not_pass(attack, name):
+    assert attack["verdicts"][name]["base"] in ("failed", "timeout", "died", "garbled")
+
+
+@needs_sandbox
+def test_hostile_programs_leave_nothing_and_harm_no_others(attack):
+    assert len(attack["verdicts"]) >= 40
+    assert attack["processes"] == set()
+    assert attack["files"] == set()
+    assert attack["right"] and all(v["base"] == "passed" for v in attack["right"])
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "name, status",
+    [
+        ("infinite loop", "timeout"),
+        ("infinite loop at load", "timeout"),
+        ("catches every signal", "timeout"),
+        ("infinite output", "timeout"),
+        ("os._exit in call", "died"),
+        ("segfault", "died"),
+        ("closes all descriptors", "died"),
+        ("garbage frames", "garbled"),
+        ("sys.exit at load", "failed"),
+    ],
+)
+def test_verdicts_say_what_happened(attack, name, status):
+    assert attack["verdicts"][name]["base"] == status
+
+
+def test_attempts_succeed_where_nothing_hinders_them():
+    """So that a test of theirs can go red: harmless ones of them, without a sandbox."""
+    server = socket.create_server(("127.0.0.1", 0))
+    values = {"PROJECT": str(ROOT / "README.md"), "PORT": server.getsockname()[1], "HOST": os.getpid(), "ABSTRACT": ""}
+    programs = hostile.escapes(**values)
+    names = ["reads /etc/passwd", "reads /proc", "sees the project", "symlink out", "connects to the host"]
+    with server:
+        for name in [*names, "kills the host"]:  # by signal 0, which does nothing
+            verdict = sandbox.run(inputs_job(programs[name].replace("/tmp/l", "l"), (3,)), unsafe=True)
+            assert verdict["base"] == "passed", name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Right programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@needs_sandbox
+def test_right_programs_pass():
+    program = """
+from dataclasses import dataclass
+import threading
+@dataclass
+class Pair:
+    a: "int"
+def f(x):
+    print("noise"); open("scratch", "w").write("x")
+    t = threading.Thread(target=print); t.start(); t.join()
+    return Pair(x).a ** 2 + 1
+"""
+    assert sandbox.run(inputs_job(program)) == {"base": "passed", "reason": ""}
+    assert sandbox.run(inputs_job("import numpy as np\ndef f(x): return np.int64(x) ** 2 + 1"))["base"] == "passed"
+
+
+@needs_sandbox
+def test_tests_that_are_code():
+    """Objects of the program stay in its process, its exceptions reach the test, helpers are the reference's."""
+    reference = "class Node:\n    def __init__(self, x): self.x = x\ndef f(node): return node.x + 1\nhelper = len"
+    setup = "n = Node(1)\nn.next = Node(2)\nassert f(n) == 2 and f(n.next) == 3 and n.x == 1\n"
+    assert sandbox.run(asserts_job(reference, setup, reference))["base"] == "passed"
+    assert sandbox.run(asserts_job(reference, setup + "assert n == Node(1)", reference))["base"] == "failed"
+    forged = "def helper(x): return 3\ndef f(x): return 0"
+    assert sandbox.run(asserts_job(forged, "assert helper('abc') == 3 and f(1) == 2"))["base"] == "failed"
+    raising = "def f(x): raise ValueError('no')"
+    test = "try:\n    f(1)\nexcept ValueError as e:\n    assert 'no' in str(e)\nelse:\n    assert False"
+    assert sandbox.run(asserts_job(raising, test))["base"] == "passed"
+    dying = "import os\ndef f(x): os._exit(0)"
+    assert sandbox.run(asserts_job(dying, "try:\n    f(1)\nexcept BaseException:\n    pass"))["base"] == "died"
+
+
+@needs_sandbox
+def test_timed_out_programs_run_again_alone(monkeypatch):
+    jobs = [inputs_job("def f(x): return x * x + 1"), inputs_job("def f(x):\n    while True: pass")]
+    verdicts = sandbox.run_all(jobs, workers=2)
+    assert [v["base"] for v in verdicts] == ["passed", "timeout"] and verdicts[1]["again"]
+    seen = []
+    busy = {"base": "timeout"}
+    monkeypatch.setattr(
+        sandbox, "run", lambda job, unsafe: seen.append(job) or (busy if len(seen) == 1 else {"base": "passed"})
+    )
+    assert sandbox.run_all(jobs[:1], workers=2) == [{"base": "passed", "again": True}]
+
+
+@needs_sandbox
+def test_program_time_is_its_own():
+    """The reference's time is not charged, and a call's limit grows with it."""
+    slow = "import time\ndef f(x):\n    time.sleep(0.6)\n    return x"
+    data = {"program": slow, "reference": slow, "entry_point": "f", "task": 0, "base": [[1], [2]], "atol": 0}
+    assert sandbox.run(Job("judge_inputs", {**data, "least": 0.1, "factor": 4.0}, 2.0))["base"] == "passed"
+    assert sandbox.run(Job("judge_inputs", {**data, "least": 0.1, "factor": 0.5}, 2.0))["base"] == "timeout"
+    assert sandbox.run(Job("judge_inputs", {**data, "least": 4.0, "factor": 4.0}, 0.9))["base"] == "timeout"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a sandbox
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_sandbox_is_refused_unless_allowed(monkeypatch, capsys):
+    monkeypatch.setattr(sandbox, "probe", lambda: "there is no bwrap")
+    with pytest.raises(UserError, match="there is no bwrap.*--allow_unsafe_code"):
+        sandbox.check(allow_unsafe=False)
+    assert sandbox.check(allow_unsafe=True) is True
+    assert "can read and delete your files" in capsys.readouterr().err
+
+
+def test_probe_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    assert "there is no bwrap" in sandbox.probe.__wrapped__()
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "without, found",
+    [("--unshare-all", "use the network"), ("--clearenv", "see the environment"), ("--remount-ro", "write outside")],
+)
+def test_probe_finds_a_sandbox_that_does_not_hold(monkeypatch, without, found):
+    words = sandbox.bubblewrap(Limits())
+    at = words.index(without, words.index("--unshare-all"))
+    weak = words[:at] + words[at + (2 if without == "--remount-ro" else 1) :]
+    if without == "--unshare-all":  # all but the network
+        weak[at:at] = ["--unshare-pid", "--unshare-ipc", "--unshare-uts"]
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda limits: weak)
+    monkeypatch.setenv("GMT_SANDBOX_CANARY", "1")
+    assert found in sandbox.probe.__wrapped__()
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name, found", [("RLIMIT_AS", "much memory"), ("RLIMIT_FSIZE", "")])
+def test_probe_finds_a_limit_that_does_not_bite(monkeypatch, name, found):
+    rlimits = Limits.rlimits
+    monkeypatch.setattr(Limits, "rlimits", lambda self, s: {k: v for k, v in rlimits(self, s).items() if k != name})
+    why = sandbox.probe.__wrapped__()
+    assert found in why and bool(found) == bool(why)  # /tmp has a size besides
+
+
+@needs_sandbox
+def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda limits: ["bwrap", "--ro-bind", "/nowhere", "/"])
+    with pytest.raises(UserError, match="did not start.*nowhere"):
+        sandbox.run(inputs_job(""))
+
+
+def test_unsafe_programs_have_limits():
+    verdict = sandbox.run(inputs_job("def f(x): return len(bytearray(1 << 30)) and x * x + 1"), unsafe=True)
+    assert verdict["base"] == "failed" and "MemoryError" in verdict["reason"]
+    assert sandbox.run(inputs_job("def f(x): return x * x + 1"), unsafe=True)["base"] == "passed"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, 0, -1, 2**63, -(2**70), 1.5, math.inf, "a\ud800\0", [], [1, [2.0]], (), (1, (2,)),
+        {1, 2}, frozenset("a"), {(1, 2): [3], "a": None}, 1 + 2j, b"\xff", bytearray(b"a"), range(1, 9, 2), deque([1]),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_data_comes_through(value):
+    back = inside.decode(json.loads(json.dumps(inside.encode(value, None))), None)
+    assert type(back) is type(value) and back == value
+
+
+def test_data_of_subclasses_and_iterators():
+    there = lambda x: inside.decode(inside.encode(x, lambda x: "no data"), lambda key: key)  # noqa: E731
+    point = namedtuple("Point", "x y")
+    assert there(point(1, 2)) == (1, 2) and there(Counter("aab")) == {"a": 2, "b": 1}
+    assert there(OrderedDict(a=1)) == {"a": 1} and math.isnan(there(math.nan))
+    assert list(there(map(str, [1, 2]))) == ["1", "2"] and list(there({"a": 1}.items())) == [("a", 1)]
+    assert there([object()]) == ["no data"] and there(len) == "no data"
+
+
+def test_seccomp_programs():
+    """Every refused call has its number, jumps stay inside, and an unknown machine has no filter."""
+    for machine, calls in (("x86_64", 33), ("aarch64", 31)):
+        words = [struct.unpack("HBBI", w) for w in struct.iter_unpack("8s", seccomp.program(machine)) for w in w]
+        assert len(words) == 4 + 2 + 2 * calls + 2 + 6
+        assert all(i + 1 + max(t, f) < len(words) for i, (code, t, f, _) in enumerate(words) if code & 7 == 5)
+    assert seccomp.program("sparc") is None
