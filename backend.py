@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -68,6 +69,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         fsdp_plugin=_fsdp2(config) if is_sharded() else None,
         kwargs_handlers=[
+            # Each weight is used once a pass: a cache of 16-bit copies, kept until its end, would serve nothing. Under
+            # gradient checkpointing it would hold all layers' copies at once.
+            AutocastKwargs(cache_enabled=False),
             # find_unused_parameters keeps DDP from re-ordering its buckets after the first step: with 3 and more
             # processes a sum's rounding depends on that order, and a resumed run would differ.
             DistributedDataParallelKwargs(

@@ -63,15 +63,22 @@ class TrainConfig:
 
     # model and data
     model: str = key(help="folder or Hub id of the model to fine-tune")
-    dataset: str = key(help="training rows: a .jsonl, .json (also .gz) or .parquet file, a folder of them, or a Hub id")
+    dataset: list[str] = key(
+        help="training rows, each entry a .jsonl, .json (also .gz) or .parquet file, a folder of them, or a Hub id; "
+        "SOURCE:N takes its first N rows"
+    )
     output_dir: str = key(help="folder of this run: log, checkpoints, final model")
     tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")
     dataset_split: str = key("train", "split of a Hub dataset")
-    template: str = key("metamath", "prompt template, a word of TEMPLATES in data.py")
+    template: str = key(
+        "metamath",
+        "how a row becomes text: metamath, magicoder, prompt_response, tulu, chat (the tokenizer's own chat template), "
+        "or one added to templates.py",
+    )
     max_length: int = key(512, "tokens per example at most")
     overlong: Literal["truncate", "drop"] = key("truncate", "what happens to longer examples")
-    max_train_rows: int = key(0, "use only the first N rows of the dataset; 0: all")
     eval_rows: int = key(0, "hold out N random rows for the evaluation loss")
+    tokenise_processes: int = key(0, "processes that tokenise; 0: one per core and 10,000 rows")
 
     # the method
     rule: str = key(
@@ -105,6 +112,15 @@ class TrainConfig:
     global_batch_size: int = key(128, "examples per optimizer step, over all processes")
     per_device_batch_size: int = key(0, "examples per forward pass at most; 0: by micro_batch_tokens alone")
     micro_batch_tokens: int = key(16384, "tokens per forward pass at most, padding included")
+    packing: Literal["auto", "on", "off"] = key(
+        "auto",
+        "several examples in a row, none seeing another; auto: with flash_attention_2, which knows a row's parts, if a "
+        "check of the model at the start finds them kept apart; on: also by a mask, or an error; off: sorted by length",
+    )
+    loss_chunk: int = key(1024, "trained tokens whose logits exist at once; 0: all of a forward pass")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = key("sdpa", "transformers' implementation of attention")
+    gradient_checkpointing: bool = key(False, "keep a layer's input alone and compute the layer again: memory for time")
+    compile: bool = key(False, "torch.compile of each layer")
     seed: int = key(0, "of the order of examples, the random rules and dropout")
 
     # precision
@@ -131,6 +147,8 @@ class TrainConfig:
 
     def __post_init__(self):
         """Raise UserError where keys contradict each other or are out of range."""
+        if not self.dataset:
+            raise UserError("dataset is empty: name at least one file, folder or Hub id")
         if self.rule not in gmt.rules():
             raise UserError(f"rule: unknown word {self.rule!r}{nearest(self.rule, gmt.rules())}")
         masks = gmt.masks_entries(self.rule)
@@ -162,8 +180,8 @@ class TrainConfig:
 
         at_least = {
             **dict.fromkeys(("epochs", "global_batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"), 1),
-            **dict.fromkeys(("max_train_rows", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
-            **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
+            **dict.fromkeys(("tokenise_processes", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
+            **dict.fromkeys(("loss_chunk", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
             **dict.fromkeys(("calibration_steps", "save_every_minutes", "log_masks_every", "max_skipped_steps"), 0),
             "max_length": 2,
         }
@@ -183,6 +201,13 @@ class TrainConfig:
                 f"one example may have max_length {self.max_length} tokens, but a forward pass takes "
                 f"micro_batch_tokens {self.micro_batch_tokens}: raise the one or lower the other"
             )
+        if self.packing == "on" and self.per_device_batch_size:
+            raise UserError("packing on fills rows up to micro_batch_tokens: leave per_device_batch_size out")
+        if self.attention == "flash_attention_2":
+            if importlib.util.find_spec("flash_attn") is None:
+                raise UserError("attention flash_attention_2: pip install flash-attn, or use sdpa")
+            if self.mixed_precision == "fp32":
+                raise UserError("attention flash_attention_2 computes in 16 bits: use mixed_precision bf16, or sdpa")
         if self.master_dtype == "float64" and self.mixed_precision != "fp32":
             raise UserError(f"master_dtype float64 needs mixed_precision fp32, got {self.mixed_precision}")
         if self.eval_every and not self.eval_rows:
@@ -208,7 +233,7 @@ class EvalConfig:
     )
     prompt_format: str = key("", "how prompts are written: base, tulu, chat, ...; empty: each task's own; README")
     seed: int = key(0, "of sampled completions (greedy ones have no use for it)")
-    batch_size: int = key(64, "prompts per generated batch; the unit of dealing to processes and of resuming")
+    batch_size: int = key(64, "prompts generated at a time; blocks of 4 batches are dealt to processes and resumed")
     dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "dtype of the weights; on a CPU use float32")
     workers: int = key(0, "processes that judge answers at the same time; 0: one per physical core")
     allow_unsafe_code: bool = key(False, "run the model's programs although no sandbox works on this machine")

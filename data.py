@@ -5,219 +5,26 @@ micro-batches and processes only decide how the sum over that list is computed. 
 training on 1 or N processes.
 """
 
+import bisect
 import functools
-import gzip
 import hashlib
-import json
+import itertools
 import math
-import zlib
-from collections.abc import Callable, Iterator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.compute
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import templates
 from config import UserError, nearest
-from hub import is_local
-
-IGNORE = -100  # label of a token that is not trained
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Templates: a row -> (prompt, response). To add one, enter it here.                                        <- edit here
-# ---------------------------------------------------------------------------------------------------------------------
-
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-
-
-def metamath(row: dict[str, str]) -> tuple[str, str]:
-    """MetaMath's train_math.py: the first line of the query is the instruction, further lines are the input."""
-    instruction, _, rest = row["query"].partition("\n")
-    template = ALPACA_WITH_INPUT if rest else ALPACA
-    return template.format_map({"instruction": instruction, "input": rest}), row["response"]
-
-
-@dataclass(frozen=True)
-class Template:
-    """`render` makes (prompt, response) of a row with these columns; the response is trained, and must not be empty."""
-
-    columns: tuple[str, ...]
-    render: Callable[[dict[str, str]], tuple[str, str]]
-
-
-TEMPLATES = {"metamath": Template(("query", "response"), metamath)}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-# ---------------------------------------------------------------------------------------------------------------------
-
-_ROW_FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-
-
-def data_files(source: str) -> list[Path] | None:
-    """The files of a local dataset; None for a Hub id.
-
-    Raises:
-        UserError: nothing there, no data file in the folder, or an unknown kind of file.
-    """
-    path = Path(source).expanduser()
-    if not is_local(source) and not source.endswith(_ROW_FILES):
-        return None
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(_ROW_FILES))
-        if not files:
-            raise UserError(f"dataset {source}: the folder holds no {', '.join(_ROW_FILES)} file")
-        return files
-    if not path.is_file():
-        raise UserError(f"dataset {source}: no such file or folder (a Hub dataset is written owner/name)")
-    if not path.name.endswith(_ROW_FILES):
-        raise UserError(f"dataset {source}: expected a file that ends in {', '.join(_ROW_FILES)}")
-    return [path]
-
-
-def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(place, row) for each object of a JSON-lines file or a JSON array, gzipped or not. Blank lines are skipped.
-
-    Raises:
-        UserError: naming file and line: empty file, byte-order mark, invalid UTF-8, malformed JSON, a line that is no
-            object, a truncated gzip file.
-    """
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    number, found = 0, 0
-    try:
-        with opener(path, "rb") as f:
-            is_array = path.name.endswith((".json", ".json.gz")) and f.read(64).lstrip()[:1] == b"["
-            f.seek(0)
-            for number, line in enumerate([f.read()] if is_array else f, 1):
-                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    raise UserError(f"{path}: starts with a byte-order mark: save it as UTF-8 without one")
-                if not line.strip():
-                    continue
-                content = json.loads(line.decode("utf-8"))
-                for i, row in enumerate(content if is_array else [content], 1):
-                    place = f"{path}, item {i}" if is_array else f"{path}, line {number}"
-                    if not isinstance(row, dict):
-                        raise UserError(f"{place}: expected an object {{...}}, got {type(row).__name__}")
-                    found += 1
-                    yield place, row
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}, line {number}: not valid UTF-8 (byte {e.start + 1} of the line)") from None
-    except json.JSONDecodeError as e:
-        line = e.lineno if is_array else number
-        raise UserError(f"{path}, line {line}: malformed JSON: {e.msg} at column {e.colno}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise UserError(f"{path}: not a complete gzip file after line {number}: {e}") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-    if not found:
-        raise UserError(f"{path}: the file is empty" if number == 0 else f"{path}: no rows in the file")
-
-
-def read_columns(path: str | Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """The text columns of each row of a JSON file.
-
-    Raises:
-        UserError: as read_json_rows; and a column is missing, null, not text, or cannot be encoded.
-    """
-    for place, row in read_json_rows(path):
-        for column in columns:
-            if column not in row:
-                raise UserError(f"{place}: no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
-            if not isinstance(row[column], str):
-                got = "null" if row[column] is None else type(row[column]).__name__
-                raise UserError(f"{place}: column {column!r} must be text, got {got}")
-            if not row[column].isascii():
-                try:
-                    row[column].encode()
-                except UnicodeEncodeError:
-                    raise UserError(f"{place}: column {column!r} holds half of a surrogate pair") from None
-        yield {column: row[column] for column in columns}
-
-
-def load_rows(
-    source: str, columns: tuple[str, ...], split: str = "train", max_rows: int = 0, subset: str | None = None
-) -> Dataset:
-    """The text columns of a dataset, on disk and memory-mapped.
-
-    Args:
-        source: a file, a folder of files (concatenated in the order of their names), or a Hub id.
-        split, subset: which part of a Hub dataset (the Hub calls subset a configuration).
-        max_rows: the first N rows; 0: all.
-    Raises:
-        UserError: the data cannot be read or has not the columns; no rows.
-    """
-    files = data_files(source)
-    parts = [_from_hub(source, split, subset)] if files is None else [_from_file(f, columns) for f in files]
-    for part in parts:
-        _check_columns(part, columns, source)
-    parts = [part.select_columns(list(columns)) for part in parts]
-    text = Features({column: Value("string") for column in columns})  # Parquet files may say large_string
-    rows = concatenate_datasets([part if part.features == text else part.cast(text) for part in parts])
-    if max_rows:
-        rows = rows.select(range(min(max_rows, len(rows))))
-    if len(rows) == 0:
-        raise UserError(f"dataset {source}: no rows")
-    return rows
-
-
-def _from_file(path: Path, columns: tuple[str, ...]) -> Dataset:
-    stamp = path.stat()
-    if stamp.st_size == 0:
-        raise UserError(f"{path}: the file is empty")
-    try:
-        if path.suffix == ".parquet":
-            return load_dataset("parquet", data_files=str(path), split="train")
-        identity = f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {columns}"
-        return Dataset.from_generator(
-            read_columns,
-            gen_kwargs={"path": str(path), "columns": columns},
-            fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:32],  # a changed file is read anew
-        )
-    except DatasetGenerationError as e:
-        cause = e.__cause__ or e
-        raise UserError(str(cause) if isinstance(cause, UserError) else f"{path}: cannot be read: {cause}") from None
-    except (ValueError, OSError) as e:  # no Parquet file; a cache that cannot be written
-        raise UserError(f"{path}: cannot be read: {_one_line(e)}") from None
-
-
-def _from_hub(source: str, split: str, subset: str | None) -> Dataset:
-    try:
-        return load_dataset(source, subset, split=split)
-    except Exception as e:  # whatever the network, the Hub or its cache raises
-        raise UserError(
-            f"dataset {source}, split {split}: no local path, and neither Hub nor cache gives it: {_one_line(e)} "
-            f"(to have it offline, where there is a network: hf download --repo-type dataset {source}; name its folder)"
-        ) from None
-
-
-def _check_columns(rows: Dataset, columns: tuple[str, ...], source: str) -> None:
-    for column in columns:
-        if column not in rows.column_names:
-            raise UserError(f"dataset {source}: no column {column!r}; it has {', '.join(rows.column_names)}")
-        kind = getattr(rows.features[column], "dtype", rows.features[column])
-        if str(kind) not in ("string", "large_string"):
-            raise UserError(f"dataset {source}: column {column!r} must be text, got {kind}")
-        if nulls := rows.data.column(column).null_count:
-            raise UserError(f"dataset {source}: column {column!r} is null in {nulls} of {len(rows)} rows")
-
-
-def _one_line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:300] or type(e).__name__
-
+from templates import IGNORE, TEMPLATES, encode_row
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
@@ -233,6 +40,7 @@ class Examples:
     trained: np.ndarray  # (n,) int64: its trained tokens
     truncated: int = 0  # how many were cut to max_length
     dropped: int = 0  # how many were left out, having no trained token within max_length (or being too long)
+    empty: int = 0  # how many were left out, having an empty message
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -253,56 +61,64 @@ class Examples:
         return digest.hexdigest()[:16]
 
 
+ROWS_PER_PROCESS = 10_000  # fewer are tokenised faster than a process starts
+
+
+def processes_for(rows: int) -> int:
+    """How many processes are worth starting for so many rows."""
+    return max(1, min(len(os.sched_getaffinity(0)), rows // ROWS_PER_PROCESS))
+
+
 def tokenise(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, overlong: str = "truncate"
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    overlong: str = "truncate",
+    processes: int = 0,
 ) -> Examples:
-    """Render rows, tokenise prompt and response together, train the response and the end-of-sequence token.
+    """Tokens and labels of all rows, made on several processes and cached on disk.
 
-    As MetaMath does: a prompt's length is found by tokenising it alone; one beginning-of-sequence token if the
-    tokenizer adds one, else none.
-
+    Args:
+        template: a word of TEMPLATES.
+        max_length: tokens per example at most.
+        overlong: "truncate" or "drop" longer examples.
+        processes: 0: as many as there are cores, and work for.
     Raises:
-        UserError: an unknown template, a tokenizer without EOS, an empty response, or nothing left to train on.
+        UserError: an unknown template, a tokenizer without EOS, a row that cannot be rendered (its number is named), or
+            nothing left to train on.
     """
     if template not in TEMPLATES:
         raise UserError(f"template: unknown word {template!r}{nearest(template, TEMPLATES)}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token: set eos_token")
-    render, eos = TEMPLATES[template].render, tokenizer.eos_token_id
+    processes = processes or processes_for(len(rows))
+    kind = TEMPLATES[template]
 
-    def encode(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list]:
-        pairs = [render(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
-        for i, (_, response) in zip(indices, pairs, strict=True):
-            if not response.strip():
-                raise UserError(f"row {i + 1} of the dataset: the response is empty")
-        prompts = encode_prompts(tokenizer, [p for p, _ in pairs])
-        texts = tokenizer([p + r for p, r in pairs], verbose=False)["input_ids"]
-        out: dict[str, list] = {"input_ids": [], "labels": [], "trained": [], "cut": [], "left_out": []}
-        for prompt, whole in zip(prompts, texts, strict=True):
-            if not whole or whole[-1] != eos:  # some tokenizers add one themselves
-                whole.append(eos)
-            cut = len(whole) > max_length
-            ids = whole[:max_length]
-            # The first token is never predicted: it is not trained even where the prompt is empty.
-            labels = [IGNORE if i < max(1, len(prompt)) else t for i, t in enumerate(ids)]
-            trained = sum(label != IGNORE for label in labels)
-            out["input_ids"].append(ids)
-            out["labels"].append(labels)
-            out["trained"].append(trained)
-            out["cut"].append(cut)
-            out["left_out"].append(trained == 0 or (cut and overlong == "drop"))
-        return out
+    def encode(row: dict, index: int) -> dict:
+        try:
+            ids, labels = encode_row(kind, row, tokenizer)
+        except UserError as e:
+            raise UserError(f"row {index + 1} of the dataset: {e}") from None
+        empty, cut = not ids, len(ids) > max_length
+        ids, labels = ids[:max_length], labels[:max_length]
+        trained = sum(label != IGNORE for label in labels)
+        left_out = trained == 0 or (cut and overlong == "drop")
+        return {
+            "input_ids": ids, "labels": labels, "trained": trained, "cut": cut, "empty": empty, "left_out": left_out
+        }  # fmt: skip
 
-    # A name of our own for the cached result: hashing a tokenizer object is slow and not stable. This file is part of
+    # A name of our own for the cached result: hashing a tokenizer object is slow and not stable. The code is part of
     # it, so that an edited template is not served from the cache.
-    this_file = Path(__file__).read_bytes()
-    identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, this_file)
+    code = Path(__file__).read_bytes() + Path(templates.__file__).read_bytes()
+    identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, code)
     try:
         encoded = rows.map(
             encode,
-            batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
+            features=_FEATURES,
+            num_proc=processes if processes > 1 else None,
             new_fingerprint=hashlib.sha256(repr(identity).encode()).hexdigest()[:32],
             desc="tokenise",
         )
@@ -310,29 +126,53 @@ def tokenise(
         raise UserError(
             f"the tokenised examples cannot be cached: {e} (HF_HOME names the folder of the cache)"
         ) from None
-    cut, left_out = (encoded.data.column(c).to_numpy() for c in ("cut", "left_out"))
+    cut, empty, left_out = (encoded.data.column(c).to_numpy() for c in ("cut", "empty", "left_out"))
     trained = encoded.data.column("trained").to_numpy()
     lengths = np.concatenate([c.value_lengths().to_numpy() for c in encoded.data.column("input_ids").chunks])
     examples = Examples(encoded.select_columns(["input_ids", "labels"]), lengths.astype(np.int64), trained)
     if left_out.any():
         examples = examples.select(np.flatnonzero(~left_out))
-    examples.truncated, examples.dropped = int((cut & ~left_out).sum()), int(left_out.sum())
+    examples.truncated, examples.empty = int((cut & ~left_out).sum()), int(empty.sum())
+    examples.dropped = int(left_out.sum()) - examples.empty
     if len(examples) == 0:
         raise UserError(f"none of the {len(rows)} examples has a token to train on within max_length {max_length}")
     return examples
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
-    """Token ids of prompts that a response follows: without the EOS that some tokenizers add."""
-    ends = [tokenizer.eos_token_id]
-    encoded = tokenizer(prompts, verbose=False)["input_ids"] if prompts else []
-    return [ids[:-1] if ids[-1:] == ends else ids for ids in encoded]
+_TOKENS, _FLAG = List(Value("int32")), Value("bool")
+_FEATURES = Features(
+    {
+        "input_ids": _TOKENS,
+        "labels": _TOKENS,
+        "trained": Value("int64"),
+        "cut": _FLAG,
+        "empty": _FLAG,
+        "left_out": _FLAG,
+    }
+)
+
+
+def describe_example(tokenizer: PreTrainedTokenizerBase, examples: Examples, index: int = 0, most: int = 12) -> str:
+    """An example as the model is trained on it, for people: runs of trained and untrained tokens, ids and text.
+
+    Of a longer run the first and last `most` / 2 ids are shown; the text is whole.
+    """
+    ids, labels = examples.rows[index]["input_ids"], examples.rows[index]["labels"]
+    lines = [f"example {index} of {len(examples)}: {len(ids)} tokens, {int(examples.trained[index])} of them trained"]
+    for trained, run in itertools.groupby(range(len(ids)), key=lambda i: labels[i] != IGNORE):
+        run = [ids[i] for i in run]
+        shown = list(map(str, run)) if len(run) <= most else [*run[: most // 2], "...", *run[-most // 2 :]]
+        lines.append(
+            f"  {'trained' if trained else 'not trained':11} {len(run):5} tokens [{' '.join(map(str, shown))}] "
+            f"{tokenizer.decode(run)!r}"
+        )
+    return "\n".join(lines)
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{state}{tokenizer.special_tokens_map}".encode()).hexdigest()
+    return hashlib.sha256(f"{state}{tokenizer.special_tokens_map}{tokenizer.chat_template}".encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,45 +197,97 @@ def step_examples(n: int, global_batch_size: int, seed: int, step: int) -> np.nd
     return permutation(n, seed, epoch)[position * global_batch_size : (position + 1) * global_batch_size]
 
 
-def micro_batches(
-    ids: np.ndarray, lengths: np.ndarray, world_size: int, max_tokens: int, max_examples: int = 0
-) -> list[list[list[int]]]:
-    """Deal a step's examples to processes as length-sorted micro-batches: [process][micro-batch] -> ids.
+def pack(ids: np.ndarray, lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
+    """Rows of at most row_tokens tokens that hold each example once: best fit, the longest examples first."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that are free, row), sorted
+    for i in sorted(ids.tolist(), key=lambda i: (-lengths[i], i)):
+        length = int(lengths[i])
+        at = bisect.bisect_left(rooms, (length, -1))
+        room, row = rooms.pop(at) if at < len(rooms) else (row_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(rooms, (room - length, row))
+    return rows
 
-    Each holds at most max_tokens tokens, padding included (one longer example stands alone), and at most max_examples
-    examples (0: any number). Every process gets the same number of micro-batches, as a collective needs; where there
-    are fewer examples than places, some are empty.
+
+def micro_batches(
+    ids: np.ndarray, lengths: np.ndarray, world_size: int, max_tokens: int, max_rows: int = 0, row_tokens: int = 0
+) -> list[list[list[list[int]]]]:
+    """Deal a step's examples to processes as length-sorted micro-batches: [process][micro-batch][row] -> ids.
+
+    A row is one example or, with row_tokens, as many as fit into that many tokens. A micro-batch holds at most
+    max_tokens tokens, padding included (one longer example stands alone), and at most max_rows rows (0: any number).
+    Every process gets the same number of micro-batches, as a collective needs; where there are fewer examples than
+    places, some are empty.
     """
-    order = sorted(ids.tolist(), key=lambda i: (-lengths[i], i))  # longest first: its length is the width of its batch
-    batches: list[list[int]] = []
-    for i in order:
+    rows = pack(ids, lengths, row_tokens) if row_tokens else [[i] for i in ids.tolist()]
+    length = lambda row: int(lengths[row].sum())  # noqa: E731
+    tokens = lambda batch: len(batch) * max(map(length, batch), default=0)  # noqa: E731
+    batches: list[list[list[int]]] = []
+    for row in sorted(rows, key=lambda row: (-length(row), row)):  # longest first: its length is the width of its batch
         current = batches[-1] if batches else None
-        fits = current and (len(current) + 1) * lengths[current[0]] <= max_tokens
-        if fits and not (max_examples and len(current) == max_examples):
-            current.append(i)
+        fits = current and (len(current) + 1) * length(current[0]) <= max_tokens
+        if fits and not (max_rows and len(current) == max_rows):
+            current.append(row)
         else:
-            batches.append([i])
+            batches.append([row])
     # Split the batches with the most work until they can be dealt evenly: halves cost less than an idle process.
     while len(batches) % world_size:
-        largest = max(batches, key=lambda b: len(b) * lengths[b[0]] if len(b) > 1 else 0)
-        if len(largest) < 2:
-            batches.append([])
-            continue
-        at = batches.index(largest)
-        batches[at : at + 1] = [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-    batches.sort(key=lambda b: -len(b) * (lengths[b[0]] if b else 0))  # alike ones run at the same time
+        at = max(range(len(batches)), key=lambda b: tokens(batches[b]) if sum(map(len, batches[b])) > 1 else 0)
+        batches[at : at + 1] = _halves(batches[at]) if sum(map(len, batches[at])) > 1 else [batches[at], []]
+    batches.sort(key=tokens, reverse=True)  # alike ones run at the same time
     return [batches[rank::world_size] for rank in range(world_size)]
 
 
-def collate(examples: Examples, ids: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """input_ids and labels, (batch, length) int64, padded on the right; no ids: one row of two untrained tokens.
+def _halves(batch: list[list[int]]) -> list[list[list[int]]]:
+    """A micro-batch of several rows, or of one row of several examples, as two."""
+    if len(batch) > 1:
+        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return [[batch[0][::2]], [batch[0][1::2]]]
 
-    There is no attention mask: under causal attention no token sees the padding to its right, and padding has no label.
+
+def collate(
+    examples: Examples, rows: list[list[int]], device: torch.device | str = "cpu", packed: bool = False
+) -> dict[str, Tensor]:
+    """A micro-batch for a model with losses.give_loss; no rows: one row of two untrained tokens.
+
+    There is no attention mask: under causal attention no token sees the padding to its right. Where rows are packed,
+    position_ids begin anew with every example, from which transformers knows what may see what; checks.py looks
+    whether that works.
+
+    Returns:
+        input_ids (rows, length) int64, padded on the right; positions (n,) int64, where in the flattened input_ids the
+        token before each trained token is; targets (n,) int64, the trained tokens; packed: position_ids (rows, length).
     """
-    if not ids:
-        return torch.zeros((1, 2), dtype=torch.long, device=device), torch.full((1, 2), IGNORE, device=device)
-    rows = examples.rows[ids]
-    width = max(map(len, rows["input_ids"]))
-    input_ids = torch.tensor([r + [0] * (width - len(r)) for r in rows["input_ids"]], device=device)
-    labels = torch.tensor([r + [IGNORE] * (width - len(r)) for r in rows["labels"]], device=device)
-    return input_ids, labels
+    table = examples.rows.with_format("arrow")[[i for row in rows for i in row]] if rows else None
+    ids, labels = (iter(_lists(table, c)) for c in ("input_ids", "labels")) if rows else (iter(()), iter(()))
+    width = max((int(examples.lengths[row].sum()) for row in rows), default=2)
+    input_ids = np.zeros((max(1, len(rows)), width), dtype=np.int64)
+    position_ids = np.zeros_like(input_ids)
+    positions, targets = [], []
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            end = start + int(examples.lengths[i])
+            input_ids[r, start:end] = next(ids)
+            position_ids[r, start:end] = np.arange(end - start)
+            trained = next(labels)[1:]
+            at = np.flatnonzero(trained != IGNORE)
+            positions.append(at + (r * width + start))
+            targets.append(trained[at].astype(np.int64))
+            start = end
+    empty = np.zeros(0, dtype=np.int64)
+    batch = {
+        "input_ids": input_ids,
+        "positions": np.concatenate([empty, *positions]),
+        "targets": np.concatenate([empty, *targets]),
+        **({"position_ids": position_ids} if packed else {}),
+    }
+    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+
+
+def _lists(table: pyarrow.Table, column: str) -> list[np.ndarray]:
+    """The rows of a column of lists."""
+    return [row.values.to_numpy() for chunk in table.column(column).chunks for row in chunk]

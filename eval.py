@@ -3,7 +3,7 @@
     accelerate launch eval.py --model outputs/x/final --tasks gsm8k --output_dir outputs/x/eval
 
 `python eval.py --help` lists all keys. The same call again goes on where the last one was cut; `--score_only` scores
-stored answers again, without a model. The unit of answering, of dealing to processes and of resuming is the batch: one
+stored answers again, without a model. The unit of dealing to processes and of resuming is a block of a few batches: one
 sort over all rows and the batch size fix it, so that answers do not depend on the number of processes.
 """
 
@@ -32,14 +32,15 @@ from transformers.utils import logging as transformers_logging
 import generation
 import run_folder
 from config import EvalConfig, UserError, nearest, parse, run_main
-from data import encode_prompts
 from generation import Decoding, Scored
 from hub import from_pretrained, is_local
 from tasks import GROUPS, TASKS
 from tasks.source import Source
 from tasks.task import Options, Task, render
+from templates import encode_prompts
 
 SCORES, SETTINGS = "scores.json", "settings.json"
+BATCHES_PER_BLOCK = 4  # a row that has ended gives its place to another row of its block
 
 
 @dataclass
@@ -183,18 +184,19 @@ def answer_all(config: EvalConfig, folder: Path, jobs: list[Job], accelerator: A
         parts = folder / f"{job.name}.parts"
         rows = rows_of(job, texts[job.name], prompts[job.name], tokenizer)
         rows.sort(key=lambda r: (-len(r.ids), r.item, r.part))  # longest first: memory fails early
-        batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
-        mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
+        size = config.batch_size if job.task.candidates else config.batch_size * BATCHES_PER_BLOCK
+        blocks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
         todo = [b for b in mine if not (parts / f"{b:06d}.jsonl").exists()]
         if todo and model is None:
             model = generation.load_model(config, tokenizer, accelerator.device)
-        for b in tqdm(todo, desc=job.name, unit="batch", disable=not accelerator.is_local_main_process):
-            answers = answer(model, job, batches[b], config.seed)
-            lines = [{"id": r.item, "part": r.part, **a} for r, a in zip(batches[b], answers, strict=True)]
+        for b in tqdm(todo, desc=job.name, unit="block", disable=not accelerator.is_local_main_process):
+            answers = answer(model, job, blocks[b], config)
+            lines = [{"id": r.item, "part": r.part, **a} for r, a in zip(blocks[b], answers, strict=True)]
             write_lines(parts / f"{b:06d}.jsonl", lines)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            lines = [line for b in range(len(batches)) for line in read_lines(parts / f"{b:06d}.jsonl")]
+            lines = [line for b in range(len(blocks)) for line in read_lines(parts / f"{b:06d}.jsonl")]
             write_lines(folder / f"{job.name}.jsonl", merge(job, lines, texts[job.name], prompts[job.name]))
             shutil.rmtree(parts)
         accelerator.wait_for_everyone()
@@ -230,15 +232,15 @@ def rows_of(job: Job, texts: list[str], prompts: list[list[int]], tokenizer: Pre
     return rows
 
 
-def answer(model: generation.Model, job: Job, rows: list[Row], seed: int) -> list[dict[str, Any]]:
-    """What the model says to each row of a batch."""
+def answer(model: generation.Model, job: Job, rows: list[Row], config: EvalConfig) -> list[dict[str, Any]]:
+    """What the model says to each row of a block."""
     task = job.task
     if task.candidates:
         scores = generation.logprobs(model, [Scored(r.ids, r.start, r.choices) for r in rows])
         return [{"logprobs": s} for s in scores]
     decoding = Decoding(task.max_new_tokens, task.formats[job.format].stop, task.temperature, task.top_p)
-    seeds = [f"{seed} {task.name} {r.item} {r.part}" for r in rows]
-    return generation.generate(model, [r.ids for r in rows], decoding, seeds)
+    seeds = [f"{config.seed} {task.name} {r.item} {r.part}" for r in rows]
+    return generation.generate(model, [r.ids for r in rows], decoding, seeds, config.batch_size)
 
 
 def merge(job: Job, lines: list[dict], texts: list[str], prompts: list[list[int]]) -> list[dict]:

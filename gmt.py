@@ -78,11 +78,12 @@ def score_rmt(e: Entries) -> Tensor:
     high bits down) maps 31 bits onto 31 bits one to one.
     """
     low31 = (1 << 31) - 1
-    x = torch.arange(e.offset, e.offset + e.grad.numel(), device=e.grad.device) & low31
-    for r, odd in enumerate((0x2C1B3C6D, 0x297A2D39, 0x7FEB352D)):
-        x = ((x ^ (_mix64(e.seed + r) & low31)) * odd) & low31
-        x ^= x >> 15
-    return x.to(torch.int32)
+    x = torch.arange(e.grad.numel(), dtype=torch.int32, device=e.grad.device)
+    x.add_(e.offset & low31).bitwise_and_(low31)
+    for r, odd in enumerate((0x2C1B3C6D, 0x297A2D39, 0x7FEB352D)):  # int32 products wrap: their low 31 bits are right
+        x.bitwise_xor_(_mix64(e.seed + r) & low31).mul_(odd).bitwise_and_(low31)
+        x.bitwise_xor_(x >> 15)
+    return x
 
 
 SCORES: dict[str, Callable[[Entries], Tensor]] = {"gmt": score_gmt, "rmt": score_rmt}

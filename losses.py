@@ -1,25 +1,67 @@
-"""Training losses, as free functions on tensors."""
+"""Training losses: the cross-entropy of the trained tokens, without the logits of all of them at once."""
+
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from data import IGNORE
 
+def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
+    """The cross-entropy, in nats, of each of n tokens.
 
-def sum_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of next-token cross-entropies over the trained tokens, in nats.
-
-    A sum, not a mean: the loop divides by the trained tokens of the whole optimizer step, over all its micro-batches
-    and processes, so that every token weighs the same however the step is split.
+    The logits of `chunk` tokens exist at once, 0: of all. The backward pass makes them again, chunk by chunk, but for
+    those of the last chunk, which it needs first.
 
     Args:
-        logits: (batch, length, vocabulary), any floating dtype; 16-bit ones are widened to fp32 here.
-        labels: (batch, length) int64, aligned with the inputs: they are shifted here, once. data.IGNORE is not trained.
+        head: hidden states (m, width) -> logits (m, vocabulary), in the dtype of the head or of autocast.
+        hidden: (n, width), the states that predict the targets.
+        targets: (n,) int64.
     Returns:
-        0-d tensor, fp32 (fp64 for fp64 logits); 0 where nothing is trained.
+        (n,) fp32, or fp64 for fp64 logits: 16-bit logits are widened first.
     """
-    logits, targets = logits[:, :-1], labels[:, 1:]
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden)
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    size = chunk or max(1, len(targets))
+    *pieces, last = zip(hidden.split(size), targets.split(size), strict=True)
+    losses = [checkpoint(of_chunk, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.cat([*losses, of_chunk(*last)])
+
+
+def give_loss(model: nn.Module, chunk: int) -> None:
+    """Make `model(**batch)` of a transformers model return the losses of the batch's trained tokens, see token_losses.
+
+    A batch is what data.collate makes: input_ids, positions, targets and, where rows are packed, position_ids. Hidden
+    states are gathered at the trained positions before the head sees them: a prompt needs no logits. Without targets
+    the call is the model's own, and returns logits.
+
+    The loss is computed inside the model's forward, so that DDP and FSDP2 see one forward pass: hooks fire, and the
+    head's shards are gathered once. Call this before `accelerator.prepare`.
+    """
+    own_forward = model.forward
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = model.get_output_embeddings()(hidden)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def forward(
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        # A cache would hide from transformers that rows are packed, and cost memory.
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if targets is None:
+            return own_forward(**inputs)
+        hidden = model.base_model(**inputs).last_hidden_state
+        return token_losses(head, hidden.flatten(0, 1).index_select(0, positions), targets, chunk)
+
+    model.forward = forward

@@ -7,6 +7,7 @@ memory; what kernels need in passing, and the allocator's fragments, come on top
 """
 
 import math
+import unittest.mock
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,11 +15,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gmt
 from config import TrainConfig
 from data import Examples, micro_batches, step_examples, steps_per_epoch
-from losses import sum_cross_entropy
+from losses import give_loss, token_losses
 
 # dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -29,6 +31,29 @@ def on_meta(config: TrainConfig, architecture: PretrainedConfig) -> nn.Module:
     """The model without memory: names, shapes and dtypes."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.master_dtype))
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, those that can be checkpointed."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def wants_packing(config: TrainConfig) -> bool:
+    """Whether rows are packed if the model allows it."""
+    by_kernel = config.attention == "flash_attention_2" and not config.per_device_batch_size
+    return config.packing == "on" or (config.packing == "auto" and by_kernel)
+
+
+def deal(
+    config: TrainConfig, lengths: np.ndarray, ids: np.ndarray, packed: bool, processes: int
+) -> list[list[list[list[int]]]]:
+    """The examples `ids` as [process][micro-batch][row] -> ids. A function of its arguments alone."""
+    row_tokens = 0
+    if packed and config.attention == "flash_attention_2":  # it takes one row, and computes no more than the examples
+        row_tokens = config.micro_batch_tokens
+    elif packed:  # by a mask, which costs by the square of a row's length
+        row_tokens = config.max_length
+    return micro_batches(ids, lengths, processes, config.micro_batch_tokens, config.per_device_batch_size, row_tokens)
 
 
 def tensor_bytes(
@@ -58,30 +83,68 @@ def tensor_bytes(
     return total
 
 
-def activation_bytes(config: TrainConfig, architecture: PretrainedConfig, rows: int, length: int) -> int:
-    """Bytes that autograd saves of a forward pass of (rows, length) tokens and its loss."""
-    saved: dict[int, int] = {}
+def activation_bytes(
+    config: TrainConfig, architecture: PretrainedConfig, rows: int, length: int, trained: int, packed: bool = False
+) -> int:
+    """Bytes that autograd saves of a forward pass of (rows, length) tokens and the loss of `trained` of them.
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)
-        return tensor
-
+    The loss's chunks come and go one by one, as do layers that are checkpointed: of them, their inputs are saved, and
+    once what the largest of them saves while its backward pass runs.
+    """
+    weights: set[int] = set()
     alive: list[torch.Tensor] = []  # so that no two storages share an address
+
+    class Saved(dict):
+        """Bytes by storage."""
+
+        def add(self, tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                self[storage._cdata] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        def hooks(self):
+            return torch.autograd.graph.saved_tensors_hooks(self.add, lambda t: t)
+
+    saved, again = Saved(), [0]
+
+    def checkpointed(function, *args, **kwargs):
+        inside = Saved()
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                saved.add(value)
+        with inside.hooks():
+            out = function(*args)
+        again.append(sum(size for storage, size in inside.items() if storage not in saved))
+        return out
+
+    def by_chunks(head, hidden, targets, chunk):
+        parts = zip(hidden.split(chunk or len(hidden)), targets.split(chunk or len(hidden)), strict=True)
+        return torch.cat([checkpointed(lambda h, t: token_losses(head, h, t), *part) for part in parts])
+
     precision = {"bf16": torch.bfloat16, "fp16": torch.bfloat16, "fp32": None}[config.mixed_precision]
     # transformers cannot look into fake tensors, and would build a mask that the run goes without
     AttentionInterface.register("causal", _causal_attention)
     AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)
-    with FakeTensorMode():
+    with FakeTensorMode(), unittest.mock.patch("losses.token_losses", by_chunks):
         dtype = getattr(torch, config.master_dtype)
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="causal")
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        ids = torch.zeros((rows, length), dtype=torch.long)
-        autocast = torch.autocast("cpu", dtype=precision or torch.bfloat16, enabled=precision is not None)
-        with autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            logits = model.train()(input_ids=ids, use_cache=False).logits
-            sum_cross_entropy(logits.float(), ids)
-    return sum(size for storage, size in saved.items() if storage not in weights)
+        weights.update(p.untyped_storage()._cdata for p in model.parameters())
+        give_loss(model, config.loss_chunk)
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            for layer in layers(model):
+                layer._gradient_checkpointing_func = checkpointed
+        batch = {"input_ids": torch.zeros((rows, length), dtype=torch.long)}
+        batch["positions"] = batch["targets"] = torch.zeros(trained, dtype=torch.long)
+        autocast = torch.autocast(
+            "cpu", dtype=precision or torch.bfloat16, enabled=precision is not None, cache_enabled=False
+        )
+        with autocast, saved.hooks():
+            model.train()(**batch).sum()
+    mask = rows * length * length if packed and config.attention != "flash_attention_2" else 0  # of bool
+    return sum(saved.values()) + max(again) + mask
 
 
 def _causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -128,24 +191,22 @@ def report(
     in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     steps = config.max_steps or config.epochs * in_epoch
     some = [step_examples(len(examples), config.global_batch_size, config.seed, s) for s in range(min(steps, 20))]
-    dealt = [
-        micro_batches(ids, examples.lengths, processes, config.micro_batch_tokens, config.per_device_batch_size)
-        for ids in some
-    ]
+    packed = wants_packing(config)
+    dealt = [deal(config, examples.lengths, ids, packed, processes) for ids in some]
     forwards = np.mean([len(d[0]) for d in dealt])
-    shapes = [
-        (len(m), int(examples.lengths[m].max())) if m else (1, 2) for d in dealt for process in d for m in process
-    ]
+    micro = [m for d in dealt for process in d for m in process]
+    shapes = [(len(m), max(int(examples.lengths[row].sum()) for row in m)) if m else (1, 2) for m in micro]
     padded = 1 - sum(examples.lengths[ids].sum() for ids in some) / sum(r * length for r, length in shapes)
-    rows, longest = max(shapes, key=lambda s: (s[0] * s[1], s[0]))
+    largest = max(range(len(micro)), key=lambda i: (shapes[i][0] * shapes[i][1], shapes[i][0]))
+    rows, longest = shapes[largest]
+    in_largest = int(sum(examples.trained[row].sum() for row in micro[largest]))
     tokens = steps / in_epoch * examples.lengths.sum()
 
     parameters = list(model.parameters())
     held = tensor_bytes(config, parameters, processes, sharded)
-    held["activations"] = activation_bytes(config, model.config, rows, longest)
-    largest = max(p.numel() * p.element_size() for p in parameters)
+    held["activations"] = activation_bytes(config, model.config, rows, longest, in_largest, packed)
     if config.masked_weights == "frozen":
-        held["frozen's copies"] = 3 * largest
+        held["frozen's copies"] = 3 * max(p.numel() * p.element_size() for p in parameters)
     if config.rule == "grad_square":
         held["masks"] = sum(p.numel() for p in masker.eligible.values()) // (8 * (processes if sharded else 1))
     whole = tensor_bytes(config, parameters, 1, False)
@@ -162,7 +223,8 @@ def report(
         f"trained; {examples.truncated} cut to max_length {config.max_length}, {examples.dropped} left out, "
         f"{held_out} held out",
         f"steps: {steps:,} of {config.global_batch_size} examples ({in_epoch:,} an epoch), on {where}; about "
-        f"{forwards:.1f} forward passes a step and process, {padded:.0%} padding",
+        f"{forwards:.1f} forward passes a step and process, {padded:.0%} padding"
+        + (", packed if the model keeps examples apart" if packed else ""),
         "memory per process, at least:",
         *(f"  {gib(n):>12}  {part}" for part, n in held.items()),
         f"  {gib(sum(held.values())):>12}  together (activations of {rows} x {longest} tokens)",

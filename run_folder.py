@@ -207,7 +207,7 @@ def model_card(config: TrainConfig, description: dict[str, Any], last: dict[str,
     settings = {k: v for k, v in description["config"].items() if v not in ("", None, [], False)}
     facts = {
         "base model": name,
-        "data": f"{config.dataset}, {description['data']['examples']} examples, "
+        "data": f"{' '.join(config.dataset)}, {description['data']['examples']} examples, "
         f"fingerprint {description['data']['fingerprint']}",
         "rule": f"{config.rule}" + (f", keep_ratio {config.keep_ratio}" if config.keep_ratio else ""),
         "steps": f"{last.get('step')} of {config.global_batch_size} examples, {last.get('tokens')} tokens",

@@ -24,28 +24,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 import backend
 import checkpoint
+import checks
 import gmt
 import interrupts
 import plan
 import run_folder
 from config import TrainConfig, UserError, nearest, parse, run_main
 from data import (
-    TEMPLATES,
     Examples,
     collate,
-    data_files,
-    load_rows,
-    micro_batches,
+    describe_example,
     permutation,
     step_examples,
     steps_per_epoch,
     tokenise,
 )
 from hub import from_pretrained, is_local
-from losses import sum_cross_entropy
+from losses import give_loss
+from sources import data_files, load_all, split_cap
+from templates import TEMPLATES
 
 # Keys that may differ between a run and its resumption: they do not change what is computed.
-FREE_TO_CHANGE = {"output_dir", "resume", "resume_changed", "overwrite"} | {
+FREE_TO_CHANGE = {"output_dir", "resume", "resume_changed", "overwrite", "tokenise_processes"} | {
     "save_every", "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard",
     "eval_every", "max_skipped_steps", "trackers",
 }  # fmt: skip
@@ -81,6 +81,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     check_batches(config, len(examples), accelerator.num_processes)
     total_steps = config.max_steps or config.epochs * steps_per_epoch(len(examples), config.global_batch_size)
     model = load_model(config, examples)
+    give_loss(model, config.loss_chunk)
     if config.rule == "hft":
         frozen = as_user_error(gmt.freeze_half, model, config.seed, "sft")
         say(f"hft freezes {len(frozen)} tensors: {', '.join(frozen)}")
@@ -90,9 +91,12 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     model, optimizer = accelerator.prepare(model, optimizer)
     masker = build_masker(config, accelerator.unwrap_model(model))  # after prepare, which may replace parameters
     say(masker.summary())
+    checks.check_loss(config, model, examples, accelerator)
+    packed = checks.decide_packing(config, model, examples, accelerator)
     say(
         f"{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, {examples.dropped} left"
-        f" out, {len(held_out)} held out), {examples.lengths.sum()} tokens, {examples.trained.sum()} of them trained\n"
+        f" out, {examples.empty} with an empty message left out, {len(held_out)} held out), {examples.lengths.sum()} "
+        f"tokens, {examples.trained.sum()} of them trained\n{describe_example(tokenizer, examples)}\n"
         f"{total_steps} steps of {config.global_batch_size} examples on {accelerator.num_processes} process(es), "
         f"{steps_per_epoch(len(examples), config.global_batch_size)} steps an epoch"
     )
@@ -117,7 +121,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     # --- calibration: grad_square chooses its masks from the first steps' gradients, without a step being taken -------
     model.train()
     for step in range(config.calibration_steps if masker.needs_calibration else 0):
-        backward(config, model, step_batches(config, examples, step, accelerator), accelerator)
+        backward(model, step_batches(config, examples, step, packed, accelerator), accelerator)
         masker.calibrate()
         optimizer.zero_grad()
     if masker.needs_calibration:
@@ -138,11 +142,11 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         timer = Timer(accelerator.device if logged else None)
 
         # 1. the step's examples, and this process's share of them
-        batches = step_batches(config, examples, step, accelerator)
+        batches = step_batches(config, examples, step, packed, accelerator)
         timer.lap("data")
 
         # 2. forward and backward: the gradient of (sum over the step's trained tokens) / (their number)
-        loss_sum = backward(config, model, batches, accelerator)
+        loss_sum = backward(model, batches, accelerator)
         # one sum over the processes: the loss, whether it is time to save, and the signals that any of them has got
         minutes = (time.monotonic() - last_save) / 60 if accelerator.is_main_process else 0.0
         time_to_save = 0 < config.save_every_minutes <= minutes
@@ -188,7 +192,9 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         bar.update()
         bar.set_postfix(loss=f"{loss_sum / batches.trained:.3f}", tokens_per_s=f"{batches.tokens / timer.total():.0f}")
         eval_due = step + 1 == total_steps or (config.eval_every and (step + 1) % config.eval_every == 0)
-        eval_loss = evaluation_loss(config, model, held_out, accelerator) if eval_due and len(held_out) else None
+        eval_loss = (
+            evaluation_loss(config, model, held_out, packed, accelerator) if eval_due and len(held_out) else None
+        )
         per_tensor = stats.pop("tensors") if stats else None
         if logged or not finite or eval_loss is not None:
             line = {
@@ -251,11 +257,13 @@ def check_paths(config: TrainConfig) -> None:
     run_folder.check(folder, config.resume, config.overwrite)
     if config.resume:
         refuse_changes(config, folder, {"config": asdict(config), **run_folder.environment()})
-    data_files(config.dataset)
-    for name in ("model", "tokenizer", "dataset"):
-        inside = Path(getattr(config, name)).expanduser().resolve().is_relative_to(folder.resolve())
-        if config.overwrite and getattr(config, name) and inside:
-            raise UserError(f"overwrite would delete {name} {getattr(config, name)}: choose another output_dir")
+    datasets = [split_cap(source)[0] for source in config.dataset]
+    for source in datasets:
+        data_files(source)
+    for name, path in [("model", config.model), ("tokenizer", config.tokenizer), *(("dataset", d) for d in datasets)]:
+        inside = Path(path).expanduser().resolve().is_relative_to(folder.resolve())
+        if config.overwrite and path and inside:
+            raise UserError(f"overwrite would delete {name} {path}: choose another output_dir")
     for name in ("model", "tokenizer"):
         path = getattr(config, name)
         if path and is_local(path) and not Path(path).is_dir():
@@ -283,15 +291,14 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     if config.template not in TEMPLATES:
         raise UserError(f"template: unknown word {config.template!r}{nearest(config.template, TEMPLATES)}")
-    columns = TEMPLATES[config.template].columns
-    rows = load_rows(config.dataset, columns, config.dataset_split, config.max_train_rows)
-    examples = tokenise(rows, tokenizer, config.template, config.max_length, config.overlong)
+    rows = load_all(config.dataset, TEMPLATES[config.template].columns, config.dataset_split)
+    examples = tokenise(rows, tokenizer, config.template, config.max_length, config.overlong, config.tokenise_processes)
     if config.eval_rows >= len(examples):
         raise UserError(f"eval_rows {config.eval_rows} leaves nothing to train on: there are {len(examples)} examples")
     order = permutation(len(examples), config.seed, -1)
     held_out, rest = np.sort(order[: config.eval_rows]), np.sort(order[config.eval_rows :])
     training = examples.select(rest)
-    training.truncated, training.dropped = examples.truncated, examples.dropped
+    training.truncated, training.dropped, training.empty = examples.truncated, examples.dropped, examples.empty
     return tokenizer, training, examples.select(held_out)
 
 
@@ -334,7 +341,18 @@ def load_architecture(config: TrainConfig, examples: Examples) -> PretrainedConf
 def load_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
     """The model with its weights in master_dtype, whatever dtype they are stored in."""
     load_architecture(config, examples)
-    model = from_pretrained(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.master_dtype))
+    model = from_pretrained(
+        AutoModelForCausalLM,
+        config.model,
+        "model",
+        dtype=getattr(torch, config.master_dtype),
+        attn_implementation=config.attention,
+    )
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in plan.layers(model):  # one by one: they are alike, so one compilation serves all, and names stay
+            layer.compile(dynamic=True)
     # transformers refuses to save some generation configurations that are published with models (a temperature without
     # do_sample, say). That must not come out after days of training.
     try:
@@ -419,35 +437,37 @@ class Batches(NamedTuple):
     ids: np.ndarray  # the step's examples
     tokens: int  # their tokens
     trained: int  # and those of them that are trained
-    micro: list[tuple[torch.Tensor, torch.Tensor]]  # this process's micro-batches: input_ids, labels
+    micro: list[dict[str, torch.Tensor]]  # this process's micro-batches, see data.collate
 
 
-def step_batches(config: TrainConfig, examples: Examples, step: int, accelerator: Accelerator) -> Batches:
+def step_batches(config: TrainConfig, examples: Examples, step: int, packed: bool, accelerator: Accelerator) -> Batches:
     """This process's micro-batches of optimizer step `step`."""
     # dropout is a function of (seed, step, process): there is no generator state to save or restore
     torch.manual_seed(((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index) % 2**63)
     ids = step_examples(len(examples), config.global_batch_size, config.seed, step)
-    micro = [collate(examples, m, accelerator.device) for m in deal(config, examples, ids, accelerator)]
+    micro = deal(config, examples, ids, packed, accelerator)
     return Batches(ids, int(examples.lengths[ids].sum()), int(examples.trained[ids].sum()), micro)
 
 
-def deal(config: TrainConfig, examples: Examples, ids: np.ndarray, accelerator: Accelerator) -> list[list[int]]:
+def deal(
+    config: TrainConfig, examples: Examples, ids: np.ndarray, packed: bool, accelerator: Accelerator
+) -> list[dict[str, torch.Tensor]]:
     """This process's micro-batches of the examples `ids`."""
-    args = accelerator.num_processes, config.micro_batch_tokens, config.per_device_batch_size
-    return micro_batches(ids, examples.lengths, *args)[accelerator.process_index]
+    dealt = plan.deal(config, examples.lengths, ids, packed, accelerator.num_processes)[accelerator.process_index]
+    return [collate(examples, rows, accelerator.device, packed) for rows in dealt]
 
 
-def backward(config: TrainConfig, model: torch.nn.Module, batches: Batches, accelerator: Accelerator) -> torch.Tensor:
+def backward(model: torch.nn.Module, batches: Batches, accelerator: Accelerator) -> torch.Tensor:
     """Accumulate the gradient of the step's loss; returns this process's sum of the loss over its trained tokens.
 
     DDP reduces gradients once, after the last micro-batch. FSDP2 does after each, so that none is ever held whole.
     """
     sharded = accelerator.distributed_type == DistributedType.FSDP
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for i, (input_ids, labels) in enumerate(batches.micro):
+    for i, batch in enumerate(batches.micro):
         reduce_now = sharded or i + 1 == len(batches.micro)
         with contextlib.nullcontext() if reduce_now else accelerator.no_sync(model):
-            loss = sum_cross_entropy(model(input_ids=input_ids, use_cache=False).logits, labels)
+            loss = model(**batch).sum()
             loss_sum += loss.detach()
             # DDP and FSDP2 average over the processes: undo that, since `trained` already counts all of them
             accelerator.backward(loss * (accelerator.num_processes / batches.trained))
@@ -475,13 +495,14 @@ def stop_at_bad_steps(
 
 
 @torch.no_grad()
-def evaluation_loss(config: TrainConfig, model: torch.nn.Module, held_out: Examples, accelerator: Accelerator) -> float:
+def evaluation_loss(
+    config: TrainConfig, model: torch.nn.Module, held_out: Examples, packed: bool, accelerator: Accelerator
+) -> float:
     """Mean cross-entropy per trained token of the held-out examples, in nats."""
     model = accelerator.unwrap_model(model).eval()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for micro in deal(config, held_out, np.arange(len(held_out)), accelerator):
-        input_ids, labels = collate(held_out, micro, accelerator.device)
-        total += sum_cross_entropy(model(input_ids=input_ids, use_cache=False).logits, labels)
+    for batch in deal(config, held_out, np.arange(len(held_out)), packed, accelerator):
+        total += model(**batch).sum()
     model.train()
     return accelerator.reduce(total, "sum").item() / int(held_out.trained.sum())
 

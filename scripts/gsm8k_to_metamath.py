@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import UserError, run_main
-from data import read_columns
+from sources import read_columns
 from tasks.math import gsm8k_gold
 
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import UserError, run_main
-from data import ALPACA, read_columns
+from sources import read_columns
+from templates import ALPACA
 
 SPACE = "\u2581"
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import ALPACA
+from templates import ALPACA
 
 OLD_SKILLS, NEW_SKILL = ("add", "subtract", "reverse"), "sort"
 ROWS = {"base": 24_000, "new": 2_000, "validation": 200, "test": 400}  # base: in all; validation and test: per skill

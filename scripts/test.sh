@@ -4,4 +4,4 @@ set -euo pipefail
 MORE_REQUIREMENTS=requirements-dev.txt source "$(dirname "$0")/setup.sh"
 ruff check .
 ruff format --check -q . || { echo "run: ruff format ." >&2; exit 1; }
-exec python -m pytest -q "$@"
+exec python -m pytest -q -n 2 --dist worksteal "$@" # two tests at a time

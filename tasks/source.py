@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 
 from config import UserError
-from data import read_json_rows
+from sources import read_json_rows
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,25 +105,45 @@ def train_args(model_dir, rows_file):
     return words
 
 
-def torchrun(processes: int, program: str, *args: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run a program of this repository on several CPU processes (gloo), with one thread each."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            program,
-            *args,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+def torchrun(
+    processes: int, program: str, *args: str, timeout: float = 240, machines: int = 1
+) -> subprocess.CompletedProcess:
+    """Run a program of this repository on CPU processes (gloo), with one thread each.
+
+    With several machines, each has a torchrun of its own with its share of the processes, and they meet over TCP; the
+    result is that of the first one.
+    """
+    started = []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for machine in range(machines):
+        where = ["--standalone"]
+        if machines > 1:
+            where = [
+                f"--nnodes={machines}",
+                f"--node_rank={machine}",
+                "--master_addr=127.0.0.1",
+                f"--master_port={port}",
+            ]
+        started.append(
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", *where),
+                    *(f"--nproc_per_node={processes // machines}", program, *args),
+                ],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        outputs = [p.communicate(timeout=timeout) for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    return subprocess.CompletedProcess(started[0].args, started[0].returncode, *outputs[0])
 
 
 def python(*args: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""train.main under torchrun with FSDP2 on CPU processes: see test_fsdp.py.
+"""train.main under torchrun with FSDP2 on CPU processes: see test_distributed.py.
 
 Accelerate builds FSDP for accelerators only. Its FSDP2 path itself runs on gloo, once its state says so.
 """
@@ -9,7 +9,13 @@ import sys
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 
-os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+os.environ.update(  # as configs/accelerate/fsdp2.yaml has it
+    ACCELERATE_USE_FSDP="true",
+    FSDP_VERSION="2",
+    FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    FSDP_RESHARD_AFTER_FORWARD="true",
+    FSDP_CPU_RAM_EFFICIENT_LOADING="true",
+)
 if replicate := os.environ.get("FSDP_REPLICATE"):
     os.environ.update(
         ACCELERATE_USE_PARALLELISM_CONFIG="true",

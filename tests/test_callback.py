@@ -7,8 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import data
 import gmt
+import sources
 import train
 from gmt_callback import GMTCallback
+from templates import metamath
 
 SETTINGS = {
     "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 1e-3,
@@ -54,7 +56,7 @@ def ours(tmp_path, train_args, grads):
 
 @pytest.fixture
 def first_rows(rows_file):
-    rows = data.load_rows(str(rows_file), ("query", "response"))
+    rows = sources.load_rows(str(rows_file), ("query", "response"))
     return rows.select(data.step_examples(70, 16, 3, 0))
 
 
@@ -80,7 +82,7 @@ def test_in_trainer(tmp_path, model_dir, first_rows, ours, grads):
 def test_in_sft_trainer(tmp_path, model_dir, first_rows, ours, grads):
     trl = pytest.importorskip("trl")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    pairs = [data.TEMPLATES["metamath"].render(row) for row in first_rows]
+    pairs = [metamath(row) for row in first_rows]
     dataset = Dataset.from_list([{"prompt": p, "completion": r} for p, r in pairs])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     args = trl.SFTConfig(

@@ -10,6 +10,8 @@ from conftest import make_model, write_rows
 from transformers import AutoTokenizer
 
 import data
+import sources
+import templates
 from config import UserError
 
 
@@ -22,15 +24,15 @@ def tokenizer(model_dir):
 
 
 def test_metamath_template_to_the_letter():
-    prompt, response = data.metamath({"query": "What is 1+1?", "response": "2"})
+    prompt, response = templates.metamath({"query": "What is 1+1?", "response": "2"})
     assert response == "2"
     assert prompt == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nWhat is 1+1?\n\n### Response:"
     )
-    prompt, _ = data.metamath({"query": "Add these.\n1 {x}\n2", "response": "3"})
+    prompt, _ = templates.metamath({"query": "Add these.\n1 {x}\n2", "response": "3"})
     # as in the original, an input that is empty is none
-    assert "### Input" not in data.metamath({"query": "a\n", "response": ""})[0]
+    assert "### Input" not in templates.metamath({"query": "a\n", "response": ""})[0]
     assert prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request."
@@ -39,10 +41,10 @@ def test_metamath_template_to_the_letter():
 
 
 def test_response_and_eos_are_trained_and_nothing_else(tmp_path, tokenizer):
-    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "Hi é?", "response": " yes."}])), COLUMNS)
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "Hi é?", "response": " yes."}])), COLUMNS)
     examples = data.tokenise(rows, tokenizer, "metamath", 512)
     ids, labels = examples.rows[0]["input_ids"], examples.rows[0]["labels"]
-    prompt, _ = data.metamath({"query": "Hi é?", "response": " yes."})
+    prompt, _ = templates.metamath({"query": "Hi é?", "response": " yes."})
     assert tokenizer.decode(ids) == prompt + " yes.<eos>"
     assert labels == [-100] * len(tokenizer(prompt)["input_ids"]) + [*tokenizer(" yes.")["input_ids"], 1]
     assert (examples.lengths[0], examples.trained[0]) == (len(ids), 6)
@@ -52,9 +54,9 @@ COLUMNS = ("query", "response")
 
 
 def test_overlong_examples_are_cut_or_dropped_and_counted(tmp_path, tokenizer):
-    prompt_length = len(tokenizer(data.metamath({"query": "q", "response": ""})[0])["input_ids"])
+    prompt_length = len(tokenizer(templates.metamath({"query": "q", "response": ""})[0])["input_ids"])
     rows = [{"query": "q", "response": r} for r in ("ab", "abcdef")] + [{"query": "q" * 400, "response": "a"}]
-    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
     cut = data.tokenise(rows, tokenizer, "metamath", prompt_length + 4)
     assert (cut.lengths.tolist(), cut.truncated, cut.dropped) == ([prompt_length + 3, prompt_length + 4], 1, 1)
     assert cut.rows[1]["labels"][-4:] == tokenizer("abcd")["input_ids"]  # without EOS: the text goes on
@@ -69,7 +71,7 @@ def test_one_bos_if_the_tokenizer_adds_one(tmp_path, model_dir):
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
     ids = data.tokenise(rows, tokenizer, "metamath", 512).rows[0]["input_ids"]
     assert ids.count(0) == 1 and ids[0] == 0
     # and one that adds EOS, too: still one, and the first token of the response is trained
@@ -79,6 +81,27 @@ def test_one_bos_if_the_tokenizer_adds_one(tmp_path, model_dir):
     example = data.tokenise(rows, both, "metamath", 512).rows[0]
     assert example["input_ids"] == ids and example["labels"][-2:] == ids[-2:]
     assert data.tokenise(rows, tokenizer, "metamath", 512).rows[0]["labels"][-3:] == [-100, ids[-2], 1]
+
+
+def test_tokenising_on_processes_gives_the_same_examples(tmp_path, tokenizer, monkeypatch):
+    rows = [{"query": f"q{i}" * (i % 7 + 1), "response": f"{i}"} for i in range(30)]
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
+    one = data.tokenise(rows, tokenizer, "metamath", 150, processes=1)
+    monkeypatch.setattr(data, "_tokenizer_hash", lambda t: "another, so that nothing comes from the cache")
+    two = data.tokenise(rows, tokenizer, "metamath", 150, processes=2)
+    assert len(two.rows.cache_files) == 2 and one.fingerprint() == two.fingerprint()  # a part from each process
+    monkeypatch.setattr(data, "ROWS_PER_PROCESS", 15)
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: range(8))
+    assert data.processes_for(30) == 2 and data.processes_for(7) == 1 and data.processes_for(1000) == 8
+
+
+def test_an_example_is_shown_as_runs_of_tokens(tmp_path, tokenizer):
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": " yes"}])), COLUMNS)
+    text = data.describe_example(tokenizer, data.tokenise(rows, tokenizer, "metamath", 512), most=4)
+    first, prompt, response = text.splitlines()
+    assert first == "example 0 of 1: 145 tokens, 5 of them trained"
+    assert prompt.startswith("  not trained   140 tokens [") and prompt.endswith("### Response:'")
+    assert " ... " in prompt and response == "  trained         5 tokens [223 91 ... 85 1] ' yes<eos>'"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -100,27 +123,40 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 6
     for path in files:
-        assert list(data.load_rows(str(path), COLUMNS)) == expected, path
+        assert list(sources.load_rows(str(path), COLUMNS)) == expected, path
     (tmp_path / "folder").mkdir()
     for path in files:
         path.rename(tmp_path / "folder" / path.name)
-    assert list(data.load_rows(str(tmp_path / "folder"), COLUMNS)) == expected * 6
-    assert len(data.load_rows(str(tmp_path / "folder"), COLUMNS, max_rows=4)) == 4
+    assert list(sources.load_rows(str(tmp_path / "folder"), COLUMNS)) == expected * 6
+    both = [f"{tmp_path / 'folder'}:4", str(tmp_path / "folder" / "a.jsonl")]
+    assert list(sources.load_all(both, COLUMNS)) == (expected * 2)[:4] + expected
+
+
+def test_caps(tmp_path, monkeypatch):
+    assert sources.split_cap("a/b:500") == ("a/b", 500) and sources.split_cap("a/b") == ("a/b", 0)
+    assert sources.split_cap("c:x") == ("c:x", 0) and sources.split_cap(":5") == ("", 5)
+    with pytest.raises(UserError, match="dataset a/b:0: a cap of 0 rows leaves nothing"):
+        sources.split_cap("a/b:0")
+    path = write_rows(tmp_path / "rows:12", [{"query": "q", "response": "r"}] * 3)
+    assert sources.split_cap(str(path)) == (str(path), 0)  # a file of that very name
+    rows = str(write_rows(tmp_path / "a.jsonl", [{"query": f"{i}", "response": "r"} for i in range(3)]))
+    loaded = sources.load_all([f"{rows}:2", f"{rows}:9", f"{rows}:1"], COLUMNS)
+    assert loaded["query"][:] == ["0", "1", "0", "1", "2", "0"]
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "old"}])
-    assert data.load_rows(str(path), COLUMNS)[0]["response"] == "old"
+    assert sources.load_rows(str(path), COLUMNS)[0]["response"] == "old"
     write_rows(path, [{"query": "q", "response": "new"}])
-    assert data.load_rows(str(path), COLUMNS)[0]["response"] == "new"
+    assert sources.load_rows(str(path), COLUMNS)[0]["response"] == "new"
 
 
 def test_an_edited_template_is_not_served_from_the_cache(tmp_path, tokenizer, monkeypatch):
-    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
     before = data.tokenise(rows, tokenizer, "metamath", 512).fingerprint()
-    (tmp_path / "data.py").write_text("another version of the file")
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
-    monkeypatch.setitem(data.TEMPLATES, "metamath", data.Template(COLUMNS, lambda row: ("Q:", row["response"])))
+    (tmp_path / "templates.py").write_text("another version of the file")
+    monkeypatch.setattr(templates, "__file__", str(tmp_path / "templates.py"))
+    monkeypatch.setitem(data.TEMPLATES, "metamath", templates.Pair(COLUMNS, lambda row: ("Q:", row["response"])))
     assert data.tokenise(rows, tokenizer, "metamath", 512).fingerprint() != before
 
 
@@ -129,11 +165,11 @@ def test_hub_datasets_are_asked_for_by_id_and_split(monkeypatch):
 
     asked = []
     monkeypatch.setattr(
-        data,
+        sources,
         "load_dataset",
         lambda *a, **k: asked.append((a, k)) or Dataset.from_list([{"query": "q", "response": "r"}]),
     )
-    assert len(data.load_rows("owner/name", COLUMNS, "train_sft")) == 1
+    assert len(sources.load_rows("owner/name", COLUMNS, "train_sft")) == 1
     assert asked == [(("owner/name", None), {"split": "train_sft"})]
 
 
@@ -151,66 +187,87 @@ def test_every_epoch_visits_every_example_once_in_another_order():
     assert data.permutation(6, 0, 0).tolist() == [4, 1, 0, 2, 3, 5]
 
 
+@pytest.mark.parametrize("row_tokens", [0, 60, 150])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize(("tokens", "examples"), [(64, 0), (200, 0), (10_000, 0), (10_000, 3), (10_000, 1), (5, 0)])
-def test_micro_batches_hold_each_example_once_within_the_budget(world, tokens, examples):
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 0), (200, 0), (10_000, 0), (10_000, 3), (10_000, 1), (5, 0)])
+def test_micro_batches_hold_each_example_once_within_the_budget(world, tokens, rows, row_tokens):
     lengths = np.random.default_rng(0).integers(5, 60, size=100)
     for ids in (np.arange(32), np.arange(10, 15), np.array([3])):
-        dealt = data.micro_batches(ids, lengths, world, tokens, examples)
+        dealt = data.micro_batches(ids, lengths, world, tokens, rows, row_tokens)
         assert len(dealt) == world and len({len(share) for share in dealt}) == 1
         batches = [b for share in dealt for b in share]
-        assert sorted(i for b in batches for i in b) == sorted(ids.tolist())
+        assert sorted(i for b in batches for row in b for i in row) == sorted(ids.tolist())
         for b in filter(None, batches):
-            assert len(b) == 1 or len(b) * lengths[b].max() <= tokens
-            assert not examples or len(b) <= examples
+            widths = [sum(lengths[row]) for row in b]
+            assert len(b) == 1 or len(b) * max(widths) <= tokens
+            assert max(widths) <= row_tokens or max(map(len, b)) == 1
+            assert not rows or len(b) <= rows
         assert all(batches) or len(ids) < len(batches)  # nobody is idle unless there is too little work
+    # pinned: the shares of a step do not change between versions
+    lengths = np.array([5, 9, 2, 7, 4, 6])
+    assert data.micro_batches(np.arange(6), lengths, 1, 18) == [[[[1], [3]], [[5], [0], [4]], [[2]]]]
+    assert data.micro_batches(np.arange(6), lengths, 1, 18, 0, 9) == [[[[0, 4], [1]], [[3, 2], [5]]]]
+    assert data.micro_batches(np.arange(6), lengths, 2, 18, 0, 18) == [[[[1, 3, 2]]], [[[5, 0, 4]]]]
 
 
-def test_collate_pads_on_the_right_and_an_empty_batch_trains_nothing(tmp_path, tokenizer):
+def test_best_fit_is_that_of_a_slow_search():
+    rng = np.random.default_rng(0)
+    for capacity in (60, 100, 200):
+        lengths = rng.integers(1, 60, size=200)
+        rows, free = [], []
+        for i in sorted(range(200), key=lambda i: (-lengths[i], i)):
+            fitting = [r for r in range(len(rows)) if free[r] >= lengths[i]]
+            if not fitting:
+                rows.append([])
+                free.append(capacity)
+                fitting = [len(rows) - 1]
+            best = min(fitting, key=lambda r: (free[r], r))
+            rows[best].append(i)
+            free[best] -= lengths[i]
+        assert data.pack(np.arange(200), lengths, capacity) == rows
+        assert len(rows) <= 1.05 * lengths.sum() / capacity + 1
+
+
+@pytest.fixture
+def two(tmp_path, tokenizer):
     rows = [{"query": "q", "response": "long answer"}, {"query": "q", "response": "no"}]
-    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
-    examples = data.tokenise(rows, tokenizer, "metamath", 512)
-    input_ids, labels = data.collate(examples, [0, 1])
-    assert input_ids.shape == labels.shape == (2, examples.lengths.max())
-    pad = examples.lengths[0] - examples.lengths[1]
-    assert (labels[1, -pad:] == -100).all() and labels[1, -pad - 1] == 1
-    input_ids, labels = data.collate(examples, [])
-    assert (labels == -100).all() and input_ids.shape == (1, 2)
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
+    return data.tokenise(rows, tokenizer, "metamath", 512)
 
 
-def test_padding_does_not_change_an_example(tmp_path, model_dir, tokenizer):
-    """There is no attention mask: right padding must not reach a real token."""
-    from transformers import AutoModelForCausalLM
-
-    from losses import sum_cross_entropy
-
-    rows = [{"query": "q", "response": r} for r in ("long answer " * 5, "no")]
-    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
-    examples = data.tokenise(rows, tokenizer, "metamath", 512)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    losses = []
-    for batch in ([0, 1], [0], [1]):
-        input_ids, labels = data.collate(examples, batch)
-        losses.append(sum_cross_entropy(model(input_ids=input_ids).logits, labels).item())
-    assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-12)
+def test_collate_pads_on_the_right_and_an_empty_batch_trains_nothing(two):
+    batch = data.collate(two, [[0], [1]])
+    assert batch.keys() == {"input_ids", "positions", "targets"}
+    ids, labels = two.rows["input_ids"], two.rows["labels"]
+    assert batch["input_ids"].tolist() == [ids[0], ids[1] + [0] * (len(ids[0]) - len(ids[1]))]
+    flat = batch["input_ids"].flatten()
+    assert torch.equal(flat[batch["positions"] + 1], batch["targets"])  # a token is predicted from the one before
+    assert batch["targets"].tolist() == [label for row in labels for label in row if label != -100]
+    assert batch["positions"].tolist() == [len(ids[0]) - 13 + i for i in range(12)] + [
+        len(ids[0]) + len(ids[1]) - 4 + i for i in range(3)
+    ]
+    empty = data.collate(two, [])
+    assert empty["input_ids"].shape == (1, 2) and len(empty["positions"]) == len(empty["targets"]) == 0
 
 
-def test_sum_cross_entropy_is_the_sum_over_shifted_trained_tokens():
-    from losses import sum_cross_entropy
-
-    logits = torch.randn(2, 5, 11, dtype=torch.float64)
-    labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 7, -100, 2, -100]])
-    slow = sum(
-        -logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] != -100
-    )
-    assert torch.allclose(sum_cross_entropy(logits, labels), slow, rtol=1e-12)
-    assert sum_cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
-    assert sum_cross_entropy(logits, torch.full_like(labels, -100)) == 0
+def test_collate_packs(two):
+    ids = two.rows["input_ids"]
+    batch = data.collate(two, [[0, 1], [1]], packed=True)
+    both = len(ids[0]) + len(ids[1])
+    assert batch["input_ids"].tolist() == [ids[0] + ids[1], ids[1] + [0] * len(ids[0])]
+    assert batch["position_ids"].tolist() == [
+        [*range(len(ids[0])), *range(len(ids[1]))],
+        [*range(len(ids[1])), *[0] * len(ids[0])],
+    ]
+    apart = [data.collate(two, [[i]]) for i in (0, 1, 1)]
+    assert torch.equal(batch["targets"], torch.cat([b["targets"] for b in apart]))
+    starts = (0, len(ids[0]), both)
+    assert torch.equal(batch["positions"], torch.cat([b["positions"] + s for b, s in zip(apart, starts, strict=True)]))
 
 
 def test_fingerprint_sees_tokens_labels_and_order(tmp_path, tokenizer):
     def fingerprint(rows, **kwargs):
-        rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
+        rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
         return data.tokenise(rows, tokenizer, "metamath", kwargs.get("max_length", 512)).fingerprint()
 
     a, b = {"query": "a", "response": "b"}, {"query": "c", "response": "d"}
@@ -223,6 +280,6 @@ def test_fingerprint_sees_tokens_labels_and_order(tmp_path, tokenizer):
 
 def test_token_ids_are_checked_against_the_model(tmp_path):
     small = make_model(tmp_path / "m")
-    rows = data.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
     examples = data.tokenise(rows, AutoTokenizer.from_pretrained(small), "metamath", 512)
     assert examples.max_token_id() == max(max(r["input_ids"]) for r in examples.rows)

@@ -9,11 +9,11 @@ from conftest import read_metrics, torchrun, write_rows
 from safetensors.torch import load_file
 
 
-def run(processes, args, worker="worker", **env):
+def run(processes, args, worker="worker", machines=1, **env):
     before = dict(os.environ)
     os.environ.update(env)
     try:
-        return torchrun(processes, f"tests/{worker}.py", *args)
+        return torchrun(processes, f"tests/{worker}.py", *args, machines=machines)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -35,11 +35,11 @@ def test_gradients_agree_on_1_2_and_3_processes_in_fp32(tmp_path, train_args):
         assert (g - grads[0]).norm() / grads[0].norm() < 1e-6
 
 
-@pytest.mark.parametrize("rule", ["gmt", "rmt"])
+@pytest.mark.parametrize("rule", [["gmt", "--masked_weights", "frozen"], ["rmt"]], ids=" ".join)
 def test_whole_runs_agree_on_1_2_and_3_processes_in_fp64(tmp_path, train_args, rule):
     runs = []
     for n in (1, 2, 3):
-        more = ["--rule", rule, "--keep_ratio", "0.3", "--master_dtype", "float64", "--eval_rows", "5"]
+        more = ["--rule", *rule, "--keep_ratio", "0.3", "--master_dtype", "float64", "--eval_rows", "5"]
         done = run(n, train_args(tmp_path / str(n), *more))
         assert done.returncode == 0, done.stderr[-3000:]
         runs.append((weights(tmp_path / str(n)), read_metrics(tmp_path / str(n))))
@@ -71,23 +71,25 @@ def test_resume_is_bitwise(tmp_path, train_args, processes):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                (2, "gmt", []),
-                (3, "gmt", ["--scope", "model"]),
-                (2, "grad_square", ["--calibration_steps", "2"]),
+                (2, "gmt", ["--scope", "model"]),
+                (3, "grad_square", ["--calibration_steps", "2"]),
                 (2, "hft", []),
-                (4, "rmt", ["--hybrid"]),
+                (4, "rmt", ["--two_machines"]),
             )
         ),
     ],
 )
 def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, processes, rule, more):
-    """Also at the end of a run that is saved in shards, cut, and resumed on another number of processes."""
+    """Also at the end of a run that is saved in shards, cut, and resumed on another number of processes.
+
+    Two machines are two torchruns with two processes each: sharded inside, replicated between them.
+    """
     args = ["--rule", rule, "--master_dtype", "float64", "--eval_rows", "5", "--save_every", "2", *more]
     args += [] if rule == "hft" else ["--keep_ratio", "0.3"]
     env = {}
-    if "--hybrid" in args:
-        args.remove("--hybrid")
-        env = {"FSDP_REPLICATE": "2"}
+    if "--two_machines" in args:
+        args.remove("--two_machines")
+        env = {"FSDP_REPLICATE": "2", "machines": 2}
     single = run(1, train_args(tmp_path / "one", *args))
     assert single.returncode == 0, single.stderr[-3000:]
     cut = run(processes, train_args(tmp_path / "cut", *args), "fsdp_worker", CRASH_AT="5", **env)
@@ -117,16 +119,3 @@ def test_bad_input_under_torchrun_ends_all_processes(tmp_path, train_args):
     bad_row = write_rows(tmp_path / "rows.jsonl", [{"query": "q"}])
     done = run(2, train_args(tmp_path / "run", "--dataset", str(bad_row)))
     assert done.returncode != 0 and "line 1: no column 'response'" in done.stderr
-
-
-def test_answers_do_not_depend_on_the_number_of_processes(tmp_path, model_dir):
-    items = [{"question": f"What is {i}{'?' * (i % 5)}", "answer": f"#### {i}"} for i in range(11)]
-    items = write_rows(tmp_path / "items.jsonl", items)
-    answers = []
-    for n in (1, 2, 3):
-        args = ["--model", str(model_dir), "--tasks", f"gsm8k={items}", "--dtype", "float32", "--batch_size", "3"]
-        done = torchrun(n, "eval.py", *args, "--output_dir", str(tmp_path / str(n)))
-        assert done.returncode == 0, done.stderr[-3000:]
-        answers.append((tmp_path / str(n) / "gsm8k.metamath.jsonl").read_text())
-        assert not (tmp_path / str(n) / "gsm8k.metamath.parts").exists()
-    assert answers[0] == answers[1] == answers[2] and answers[0].count("\n") == 11

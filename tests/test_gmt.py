@@ -210,6 +210,29 @@ def test_random_scores_are_pinned():
     assert scores == [1915592351, 237355098, 615727587, 64217843]
 
 
+def test_random_scores_equal_their_definition():
+    """In Python's integers, which do not overflow; also where offsets pass 2**31, as in a large stack of experts."""
+    for offset in (0, 2**31 - 3, 2**40 + 1):
+        got = gmt.score_rmt(gmt.Entries(torch.zeros(6), torch.zeros(6), offset, 7)).tolist()
+        expected = []
+        for x in range(offset, offset + 6):
+            for r, odd in enumerate((0x2C1B3C6D, 0x297A2D39, 0x7FEB352D)):
+                x = (((x ^ gmt._mix64(7 + r)) & (2**31 - 1)) * odd) & (2**31 - 1)
+                x ^= x >> 15
+            expected.append(x)
+        assert got == expected
+
+
+def test_one_threshold_for_gradients_of_two_dtypes_is_refused():
+    """Their keys have different widths."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8).to(torch.bfloat16)})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    gmt.Masker(model.named_parameters(), "gmt", 0.2).mask_gradients(0)
+    with pytest.raises(ValueError, match="all gradients must have one dtype"):
+        gmt.Masker(model.named_parameters(), "gmt", 0.2, scope="model").mask_gradients(0)
+
+
 def test_wrapped_names_give_the_same_masks():
     masks = []
     for name in ("w", "module.w", "module._orig_mod.w"):
@@ -235,16 +258,17 @@ def test_keep_ratio_one_is_plain_adamw_bit_for_bit():
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
-ADAMW = {
-    "single": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-    "amsgrad": {"amsgrad": True, "foreach": False},
+OPTIMIZERS = {
+    "single": (torch.optim.AdamW, {"foreach": False, "fused": False}),
+    "foreach": (torch.optim.AdamW, {"foreach": True}),
+    "fused": (torch.optim.AdamW, {"fused": True}),
+    "amsgrad": (torch.optim.AdamW, {"amsgrad": True, "foreach": False}),
+    "decay in the gradient": (torch.optim.Adam, {}),  # a masked entry's moments move, also at the first step
 }
 
 
 @pytest.mark.parametrize("rule", ["gmt", "rmt"])
-@pytest.mark.parametrize("kind", ADAMW)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_frozen_entries_keep_weight_and_moments_and_the_others_get_plain_adamw(rule, kind):
     """Every entry, followed through many steps against the optimizer's own step from the same state."""
     import copy
@@ -252,7 +276,8 @@ def test_frozen_entries_keep_weight_and_moments_and_the_others_get_plain_adamw(r
     model = model_with_grads()
     groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1}]
     groups += [{"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.01, **ADAMW[kind])
+    cls, settings = OPTIMIZERS[kind]
+    optimizer = cls(groups, lr=0.01, **settings)
     names = [n for n, _ in model.named_parameters()]
     masker = gmt.Masker(model.named_parameters(), rule, 0.2)
     ever_frozen = ever_moved = 0

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from conftest import make_model, python
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import losses
 import plan
 import train
 from config import TrainConfig, UserError
-from losses import sum_cross_entropy
 
 KINDS = {
     "fp32": {},
@@ -55,29 +55,74 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_run(tmp_path, t
 
 
 def test_bytes_under_fsdp2_are_the_largest_shard():
-    config = TrainConfig(model="m", dataset="d", output_dir="o", rule="none")
+    config = TrainConfig(model="m", dataset=["d"], output_dir="o", rule="none")
     p = torch.nn.Parameter(torch.zeros(10, 3))
     held = plan.tensor_bytes(config, [p], 4, True)  # torch.chunk: 3, 3, 3, 1 rows
     assert held == {"weights": 36, "gradients": 36, "optimizer": 76}
 
 
-def test_activations_are_what_autograd_saves(model_dir):
-    config = TrainConfig(model="m", dataset="d", output_dir="o", rule="none", mixed_precision="fp32")
+@pytest.mark.parametrize("chunk", [0, 40])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_saves(model_dir, checkpointing, chunk, monkeypatch):
+    """What a real forward pass saves, but of a checkpointed part its inputs; and the most that one such part saves."""
+    config = TrainConfig(
+        model="m", dataset=["d"], output_dir="o", rule="none", mixed_precision="fp32", loss_chunk=chunk,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    losses.give_loss(model, chunk)
     weights = {p.data_ptr() for p in model.parameters()}
-    saved = {}
+    saved, most = {}, [0]
 
-    def keep(t):
-        if t.untyped_storage().data_ptr() not in weights:
-            saved[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
-        return t
+    def hooks(tensors):
+        def keep(t):
+            if t.untyped_storage().data_ptr() not in weights:
+                tensors[t.untyped_storage().data_ptr()] = t
+            return t
 
-    ids = torch.zeros((3, 50), dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        sum_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
-    real = sum(n for n, _ in saved.values())
-    planned = plan.activation_bytes(config, AutoConfig.from_pretrained(model_dir), 3, 50)
-    assert abs(planned / real - 1) < 0.02
+        return torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+
+    def part(function, *args):
+        saved.update({a.untyped_storage().data_ptr(): a for a in args if isinstance(a, torch.Tensor)})
+        inside = {}
+        with hooks(inside):
+            out = function(*args)
+        alive.append(inside)
+        most.append(sum(t.untyped_storage().nbytes() for at, t in inside.items() if at not in saved))
+        return out
+
+    def chunks(head, hidden, targets, chunk):
+        size = chunk or 100
+        parts = [(hidden[i : i + size], targets[i : i + size]) for i in range(0, 100, size)]
+        return torch.cat([part(lambda h, t: token_losses(head, h, t), *p) for p in parts])
+
+    alive, token_losses = [], losses.token_losses
+    monkeypatch.setattr(losses, "token_losses", chunks)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in plan.layers(model):
+            layer._gradient_checkpointing_func = part
+    ids, at = torch.zeros((3, 50), dtype=torch.long), torch.arange(100)
+    with hooks(saved):
+        model(input_ids=ids, positions=at, targets=at)
+    assert len(most) == 1 + (3 if chunk else 1) + 2 * checkpointing
+    real = sum(t.untyped_storage().nbytes() for t in saved.values()) + max(most)
+    planned = plan.activation_bytes(config, AutoConfig.from_pretrained(model_dir), 3, 50, 100)
+    assert abs(planned / real - 1) < 0.03, (planned, real)
+
+
+def test_checkpointing_and_chunks_save_memory(model_dir):
+    """And a packed row's mask costs some."""
+    big = AutoConfig.from_pretrained(model_dir, num_hidden_layers=8, vocab_size=5000)
+    base = {"model": "m", "dataset": ["d"], "output_dir": "o", "rule": "none", "loss_chunk": 0}
+    plain, chunked, both = (
+        plan.activation_bytes(TrainConfig(**base | more), big, 4, 100, 300)
+        for more in ({}, {"loss_chunk": 50}, {"loss_chunk": 50, "gradient_checkpointing": True})
+    )
+    # logits in 16 bits, and their logarithms of probabilities in 32: of 250 tokens fewer
+    assert (plain - chunked) / (250 * 5000 * (2 + 4)) == pytest.approx(1, abs=0.35) and both < 0.6 * chunked
+    packed = plan.activation_bytes(TrainConfig(**base), big, 4, 100, 300, packed=True)
+    assert packed - plain == 4 * 100 * 100
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -17,6 +17,8 @@ import checkpoint
 import data
 import gmt
 import run_folder
+import sources
+import templates
 import train
 from config import TrainConfig, UserError
 
@@ -78,7 +80,7 @@ def test_first_step_is_masked_adamw_on_the_token_mean_loss(tmp_path, train_args,
     from transformers import AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    rows = data.load_rows(str(rows_file), ("query", "response"))
+    rows = sources.load_rows(str(rows_file), ("query", "response"))
     examples = data.tokenise(rows, AutoTokenizer.from_pretrained(model_dir), "metamath", 512)
     total, count = 0.0, 0
     for i in data.step_examples(70, 16, 0, 0).tolist():
@@ -130,8 +132,11 @@ def test_hft_leaves_frozen_weights_alone(tmp_path, train_args, model_dir):
 SPLITS = {
     "32x1": ["--per_device_batch_size", "1"],
     "8x4": ["--per_device_batch_size", "4"],
-    "1x32": ["--micro_batch_tokens", "100000"],
-    "by tokens": ["--micro_batch_tokens", "700"],
+    "1x32": ["--micro_batch_tokens", "100000", "--packing", "off"],
+    "by tokens": ["--micro_batch_tokens", "700", "--packing", "off"],
+    "packed": ["--micro_batch_tokens", "700", "--packing", "on"],
+    "chunked": ["--per_device_batch_size", "8", "--loss_chunk", "50"],
+    "checkpointed": ["--micro_batch_tokens", "2000", "--gradient_checkpointing", "true", "--packing", "off"],
 }
 
 
@@ -146,14 +151,15 @@ def test_gradients_of_any_split_agree_in_fp32(tmp_path, train_args, monkeypatch)
     monkeypatch.setattr(gmt.Masker, "mask_gradients", keep)
     shapes = []
     collate = train.collate
-    monkeypatch.setattr(train, "collate", lambda *a: shapes.append(len(a[1])) or collate(*a))
+    monkeypatch.setattr(train, "collate", lambda *a: shapes.append([len(row) for row in a[1]]) or collate(*a))
     for split, words in SPLITS.items():
         shapes.clear()
         more = ["--global_batch_size", "32", "--max_steps", "1", "--max_length", "512", *words]
         more += ["--max_grad_norm", "0"]  # clipping would hide a wrong scale
         train.main(train_args(tmp_path / split.replace(" ", "_"), *more))
-        expected = {"32x1": [1] * 32, "8x4": [4] * 8, "1x32": [32]}
+        expected = {"32x1": [[1]] * 32, "8x4": [[1] * 4] * 8, "1x32": [[1] * 32]}
         assert split not in expected or shapes == expected[split]
+        assert (max(n for rows in shapes for n in rows) > 1) == (split == "packed")
     scale = seen["32x1"].norm()
     for split, grads in seen.items():
         assert (grads - seen["32x1"]).norm() / scale < 1e-6, split
@@ -190,9 +196,19 @@ def crash_after(monkeypatch, step):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_resume_is_bitwise(tmp_path, train_args, rule, monkeypatch):
+def test_resume_is_bitwise(tmp_path, train_args, rows_file, rule, monkeypatch):
     """Cut in the middle of the second epoch, between two checkpoints; the same losses, masks and weights come out."""
-    words = [*RULES[rule], "--save_every", "2", "--eval_rows", "5", "--warmup_ratio", "0.2", "--max_train_rows", "69"]
+    words = [
+        *RULES[rule],
+        "--save_every",
+        "2",
+        "--eval_rows",
+        "5",
+        "--warmup_ratio",
+        "0.2",
+        "--dataset",
+        f"{rows_file}:69",
+    ]
     train.main(train_args(tmp_path / "whole", *words))
     with monkeypatch.context() as m, pytest.raises(Crash):
         crash_after(m, 7)
@@ -244,9 +260,9 @@ def test_resume_changed_means_the_new_settings(tmp_path, train_args, monkeypatch
     changed = ["--save_every", "4", "--resume", "--resume_changed", "--weight_decay", "0.5", "--adam_beta1", "0.5"]
     seen, deal = [], train.deal
 
-    def look(config, examples, ids, accelerator):
+    def look(config, examples, ids, packed, accelerator):
         seen.append(accelerator._optimizers[0].param_groups[0].copy())
-        return deal(config, examples, ids, accelerator)
+        return deal(config, examples, ids, packed, accelerator)
 
     with monkeypatch.context() as m, pytest.raises(Crash):
         m.setattr(train, "deal", look)
@@ -339,14 +355,17 @@ def test_learning_rates_are_those_of_transformers(tmp_path, train_args, schedule
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypatch):
-    whole = train.sum_cross_entropy
+    whole = train.backward
     calls = []
 
-    def sometimes_nan(logits, labels):
+    def sometimes_nan(model, batches, accelerator):
         calls.append(1)
-        return whole(logits, labels) * (float("nan") if len(calls) == 3 else 1.0)
+        loss = whole(model, batches, accelerator)
+        if len(calls) == 3:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
 
-    monkeypatch.setattr(train, "sum_cross_entropy", sometimes_nan)
+    monkeypatch.setattr(train, "backward", sometimes_nan)
     # the skipped step is in the log although it is not one of the logged ones
     train.main(train_args(tmp_path / "run", *RULES["gmt"], "--micro_batch_tokens", "100000", "--log_every", "2"))
     metrics = read_metrics(tmp_path / "run")
@@ -357,15 +376,18 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypa
 
 
 def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, train_args, monkeypatch):
-    whole, calls = train.sum_cross_entropy, []
+    whole, calls = train.backward, []
 
-    def nan_from_the_fifth(logits, labels):
+    def nan_from_the_fifth(model, batches, accelerator):
         calls.append(1)
-        return whole(logits, labels) * (float("nan") if len(calls) >= 5 else 1.0)
+        loss = whole(model, batches, accelerator)
+        if len(calls) >= 5:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
 
     words = [*RULES["gmt"], "--micro_batch_tokens", "100000"]  # one call a step
     with monkeypatch.context() as m:
-        m.setattr(train, "sum_cross_entropy", nan_from_the_fifth)
+        m.setattr(train, "backward", nan_from_the_fifth)
         with pytest.raises(UserError, match=r"3 steps in a row .* up to step 7 .* before is .*step_000004; look at"):
             train.main(train_args(tmp_path / "run", *words, "--max_skipped_steps", "3"))
         assert [len(m.get("skipped_examples", [])) for m in read_metrics(tmp_path / "run")] == [0] * 4 + [6, 16, 16]
@@ -465,7 +487,6 @@ PLAIN = {
 CHANGE_WEIGHTS = {
     "max_length": {"max_length": 200},
     "overlong": {"max_length": 215, "overlong": "drop"},
-    "max_train_rows": {"max_train_rows": 40},
     "eval_rows": {"eval_rows": 10},
     "rule": {"rule": "rmt"},
     "keep_ratio": {"keep_ratio": 0.1},
@@ -497,9 +518,15 @@ SHOWN_BY = {
     "tokenizer": "test_keys_that_name_things",
     "template": "test_keys_that_name_things",
     "output_dir": "test_keys_that_name_things",
+    "tokenise_processes": "test_data.py: test_tokenising_on_processes_gives_the_same_examples",
     "dataset_split": "test_data.py: test_hub_datasets_are_asked_for_by_id_and_split",
     "per_device_batch_size": "test_gradients_of_any_split_agree_in_fp32",
     "micro_batch_tokens": "test_gradients_of_any_split_agree_in_fp32",
+    "packing": "test_losses.py: test_packing_is_chosen_refused_or_left",
+    "loss_chunk": "test_losses.py: test_keys_reach_the_model",
+    "attention": "test_losses.py: test_keys_reach_the_model",
+    "gradient_checkpointing": "test_losses.py: test_keys_reach_the_model",
+    "compile": "test_losses.py: test_keys_reach_the_model",
     "deterministic": "test_keys_of_the_run",
     "dry_run": "test_plan.py: test_dry_run_prints_the_plan_and_makes_nothing",
     "calibration_steps": "test_grad_square_counts_its_calibration_steps",
@@ -550,8 +577,8 @@ def test_the_same_settings_give_the_same_weights(tmp_path, plain_run):
 def test_keys_that_name_things(tmp_path, plain_run, monkeypatch, rows_file):
     args, plain, _ = plain_run
     other_rows = write_rows(tmp_path / "r.jsonl", [{"query": f"{i}", "response": f"{i}"} for i in range(30)])
-    shouting = data.Template(("query", "response"), lambda row: (row["query"].upper(), row["response"]))
-    monkeypatch.setitem(data.TEMPLATES, "shouting", shouting)
+    shouting = templates.Pair(("query", "response"), lambda row: (row["query"].upper(), row["response"]))
+    monkeypatch.setitem(templates.TEMPLATES, "shouting", shouting)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args["model"])

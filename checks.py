@@ -1,0 +1,96 @@
+"""What is measured on the real model before training: that its loss is its own, and that packing is safe."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import TrainConfig, UserError
+from data import Examples, collate
+from plan import wants_packing
+
+
+@torch.no_grad()
+def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> None:
+    """Raise UserError where losses.give_loss is not the cross-entropy of the model's own logits.
+
+    So it is where a model does something to its logits, behind the head, that give_loss does not know.
+    """
+    shortest = [[int(examples.lengths.argmin())]]
+    batch = collate(examples, shortest, accelerator.device)
+    model.eval()
+    ours = model(**batch)
+    logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["positions"]]
+    theirs = F.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), batch["targets"], reduction="none"
+    )
+    model.train()
+    if _any_process(distance(ours, theirs) > _rounding(config), accelerator):
+        raise UserError(
+            f"model {config.model} ({model_type(model)}) does something to its logits that losses.give_loss does not "
+            f"know: its loss is {theirs.mean():.4f}, that of give_loss {ours.mean():.4f}"
+        )
+
+
+@torch.no_grad()
+def packing_leaks(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> str:
+    """Why the model must not be given packed rows; "" where it may.
+
+    Looked at are the losses of the second of two examples in one row: they must not depend on what the first one says,
+    and must be those of that example in a row of its own.
+    """
+    if len(examples) < 2:
+        return "there is one example"
+    first, second = np.argsort(examples.lengths, kind="stable")[len(examples) // 2 - 1 :][:2].tolist()
+    model.eval()
+
+    def second_losses(rows: list[list[int]], reverse: int = 0) -> Tensor:
+        batch = collate(examples, rows, accelerator.device, packed=True)
+        batch["input_ids"][:, :reverse] = batch["input_ids"][:, :reverse].flip(1)
+        return model(**batch)[-int(examples.trained[second]) :]
+
+    together = second_losses([[first, second]])
+    other = second_losses([[first, second]], reverse=int(examples.lengths[first]))
+    apart = second_losses([[second]])
+    model.train()
+    if _any_process(distance(together, other) > 1e-5, accelerator):
+        return f"{model_type(model)} lets an example see the one before it, with attention {config.attention}"
+    if _any_process(distance(together, apart) > _rounding(config), accelerator):
+        return f"{model_type(model)} gives an example other losses in a packed row than apart"
+    return ""
+
+
+def decide_packing(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> bool:
+    """Whether rows are packed.
+
+    Raises:
+        UserError: `packing: on`, and the model must not be given packed rows.
+    """
+    if not wants_packing(config):
+        return False
+    reason = packing_leaks(config, model, examples, accelerator)
+    if reason and config.packing == "on":
+        raise UserError(f"packing on: {reason}; use packing auto or off")
+    if reason:
+        accelerator.print(f"not packed: {reason}")
+    return not reason
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|; NaN where either is."""
+    return float((a - b).norm() / b.norm())
+
+
+def model_type(model: nn.Module) -> str:
+    return f"model type {getattr(model, 'module', model).config.model_type}"
+
+
+def _rounding(config: TrainConfig) -> float:
+    """How far losses of the same tokens, computed in two ways, may lie apart."""
+    return 1e-4 if config.mixed_precision == "fp32" and config.master_dtype != "bfloat16" else 2e-2
+
+
+def _any_process(bad: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so on any process: all have to go the same way."""
+    return bool(accelerator.reduce(torch.tensor(float(bad), device=accelerator.device), "sum") > 0)

@@ -1,0 +1,202 @@
+"""From a row to tokens and labels. A template says how a row becomes text, and which parts of the text are trained.
+
+To add one, enter it in TEMPLATES: a `Pair` makes (prompt, response) of a row; a `Conversation` makes segments, trained
+or not, of the messages of a conversation, which is also what DPO needs of a prompt's messages and one answer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from config import UserError
+from sources import MESSAGES
+
+IGNORE = -100  # label of a token that is not trained
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+# ---------------------------------------------------------------------------------------------------------------------
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+MAGICODER = (
+    "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses "
+    "to user instructions.\n\n@@ Instruction\n{instruction}\n\n@@ Response\n"
+)
+
+
+class Segment(NamedTuple):
+    """A part of an example's text."""
+
+    text: str
+    trained: bool
+
+
+def metamath(row: dict[str, str]) -> tuple[str, str]:
+    """MetaMath's train_math.py: the first line of the query is the instruction, further lines are the input."""
+    instruction, _, rest = row["query"].partition("\n")
+    template = ALPACA_WITH_INPUT if rest else ALPACA
+    return template.format_map({"instruction": instruction, "input": rest}), row["response"]
+
+
+def magicoder(row: dict[str, str]) -> tuple[str, str]:
+    """Magicoder's prompt template."""
+    return MAGICODER.format_map(row), row["response"]
+
+
+def prompt_response(row: dict[str, str]) -> tuple[str, str]:
+    """The two columns as they are."""
+    return row["prompt"], row["response"]
+
+
+def tulu(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """open-instruct's chat format (June 2024): `<|role|>`, a line break, the stripped content; EOS after an answer.
+
+    Trained are the answers, their EOS, and the line break before a next turn; the header `<|assistant|>` is not.
+    """
+    segments = []
+    for message in messages:
+        role, content = message["role"], message["content"].strip()
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"template tulu knows the roles system, user and assistant, got {role!r}")
+        if role == "assistant":
+            segments += [Segment("<|assistant|>\n", False), Segment(f"{content}{tokenizer.eos_token}\n", True)]
+        else:
+            segments.append(Segment(f"<|{role}|>\n{content}\n", False))
+    segments[-1] = segments[-1]._replace(text=segments[-1].text.rstrip())  # the whole text is stripped
+    return segments
+
+
+def chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The tokenizer's own chat template; trained is what it adds for an assistant's turn to the text before that turn.
+
+    Raises:
+        UserError: there is no template, it refuses the messages, or its text for the first messages of a conversation
+            is not the beginning of its text for more of them.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template: use template tulu")
+
+    def render(count: int, to_be_answered: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=to_be_answered)
+        except Exception as e:  # Jinja's own, and what the template raises
+            raise UserError(f"the tokenizer's chat template refuses the conversation: {e}") from None
+
+    segments, done = [], ""
+    for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
+        for text, trained in ((render(i, True), False), (render(i + 1, False), True)):
+            if not text.startswith(done):
+                raise UserError(
+                    f"the tokenizer's chat template renders the messages before message {i + 1} otherwise when later "
+                    "ones follow, so that the assistant's own text is not known: use template tulu, or one-turn data"
+                )
+            segments.append(Segment(text[len(done) :], trained))
+            done = text
+    return segments  # what follows the last answer is not trained: leave it out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates: the words of `template`.                                                                      <- edit here
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row with these text columns is a prompt and a response, which is trained together with an EOS behind it."""
+
+    columns: tuple[str, ...]
+    render: Callable[[dict[str, str]], tuple[str, str]]
+    apart: bool = False  # prompt and response are tokenised apart (Magicoder), not as one text (MetaMath)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row's messages, a list of {role, content}, become segments of text."""
+
+    render: Callable[[list[dict[str, str]], PreTrainedTokenizerBase], list[Segment]]
+    special_tokens: bool = True  # the tokenizer adds its BOS; a chat template has written its own
+    columns: tuple[str, ...] = (MESSAGES,)
+
+
+TEMPLATES: dict[str, Pair | Conversation] = {
+    "metamath": Pair(("query", "response"), metamath),
+    "magicoder": Pair(("instruction", "response"), magicoder, apart=True),
+    "prompt_response": Pair(("prompt", "response"), prompt_response),
+    "tulu": Conversation(tulu),
+    "chat": Conversation(chat, special_tokens=False),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens and labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode_row(
+    template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of a row and their labels (IGNORE where not trained); both empty where a message of it is empty.
+
+    One beginning-of-sequence token if the tokenizer adds one, else none.
+
+    Raises:
+        UserError: the row cannot be rendered; a response is empty.
+    """
+    if isinstance(template, Conversation):
+        messages = row[MESSAGES]
+        if not messages or any(not (m["content"] or "").strip() for m in messages):
+            return [], []
+        return encode_segments(template.render(messages, tokenizer), tokenizer, template.special_tokens)
+    prompt, response = template.render(row)
+    if not response.strip():
+        raise UserError("the response is empty")
+    segments = [Segment(prompt, False), Segment(response, True)]
+    ids, labels = encode_segments(segments, tokenizer, apart=template.apart)
+    if ids[-1] != tokenizer.eos_token_id:
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    return ids, labels
+
+
+def encode_segments(
+    segments: list[Segment], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True, apart: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of segments of text.
+
+    As one text, a segment ends after as many tokens as the text up to there has when it is tokenised alone, as in
+    MetaMath and open-instruct. `apart`, the segments' own tokens are strung together, as in Magicoder.
+    """
+    if apart:
+        pieces = [
+            encode_prompts(tokenizer, [s.text], special_tokens and i == 0)[0] if s.text or i == 0 else []
+            for i, s in enumerate(segments)
+        ]
+        ids = [token for piece in pieces for token in piece]
+        ends = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+    else:
+        texts = ["".join(s.text for s in segments[: i + 1]) for i in range(len(segments))]
+        encoded = encode_prompts(tokenizer, texts, special_tokens)
+        ids, ends = encoded[-1] if encoded else [], list(map(len, encoded))
+    labels, start = [IGNORE] * len(ids), 1  # the first token is never predicted: it is not trained
+    for segment, end in zip(segments, ends, strict=True):
+        if segment.trained:
+            labels[start:end] = ids[start:end]
+        start = max(start, end)
+    return ids, labels
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of prompts that a response follows: without the EOS that some tokenizers add."""
+    *encoded, probe = tokenizer([*prompts, "a"], add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    adds_eos = probe[-1] == tokenizer.eos_token_id
+    return [ids[:-1] for ids in encoded] if adds_eos else encoded
