@@ -15,11 +15,7 @@ from tasks.sandbox import Job
 from tasks.sanitize import sanitize
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
-
-MAGICODER = (
-    "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses "
-    "to user instructions.\n\n@@ Instruction\n{instruction}\n\n@@ Response\n{response}"
-)
+from templates import MAGICODER
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and programs (evalplus/codegen.py and provider/; magicoder, experiments/text2code.py)
@@ -51,17 +47,15 @@ def chat_prompt(item: dict, tokenizer: object = None) -> Chat:
 
 def magicoder_humaneval(item: dict, tokenizer: object = None) -> str:
     block = f"```python\n{item['prompt'].strip()}"
-    return MAGICODER.format_map(
-        {"instruction": f"Write a solution to the following problem:\n{block}\n```", "response": block}
-    )
+    instruction = f"Write a solution to the following problem:\n{block}\n```"
+    return MAGICODER.format_map({"instruction": instruction}) + block
 
 
 def magicoder_mbpp(item: dict, tokenizer: object = None) -> str:
     text, mark, assertion = item["prompt"].strip().strip('"').strip().partition("assert")
     text = text.strip() if text.strip().endswith(".") else text.strip() + "."
-    block = f"```python\n{mark}{assertion}\n```"
-    instruction = f"{text} Your code should satisfy the following assertion:\n{block}"
-    return MAGICODER.format_map({"instruction": instruction, "response": "```python"})
+    instruction = f"{text} Your code should satisfy the following assertion:\n```python\n{mark}{assertion}\n```"
+    return MAGICODER.format_map({"instruction": instruction}) + "```python"
 
 
 def evalplus_program(item: dict, completion: str, format: str) -> str:
@@ -267,7 +261,7 @@ def summary(verdicts: list[dict], programs: list[str], metrics: dict[str, tuple[
     correct = {group: sum(v.get(group) == "passed" for v in verdicts) for group, _ in metrics.values()}
     return {
         **{name: pass_at_k(len(verdicts), correct[group], k) for name, (group, k) in metrics.items()},
-        "extracted": programs,
+        "extracted": programs if any(text.strip() for text in programs) else None,
         "verdicts": verdicts,
         "timeouts": sum(map(sandbox.timed_out, verdicts)),
         "sandbox": "none" if unsafe else "bubblewrap",
