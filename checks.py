@@ -1,9 +1,13 @@
 """What is measured on the real model before training: that its loss is its own, and that packing is safe."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from config import TrainConfig, UserError
@@ -11,7 +15,18 @@ from data import Examples, collate
 from plan import wants_packing
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def looking_at(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and gradients; afterwards it is as it was before training."""
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # keeps some weights whole until a backward pass, as other Parameter objects
+            module.reshard()
+
+
 def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> None:
     """Raise UserError where losses.give_loss is not the cross-entropy of the model's own logits.
 
@@ -19,13 +34,12 @@ def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accele
     """
     shortest = [[int(examples.lengths.argmin())]]
     batch = collate(examples, shortest, accelerator.device)
-    model.eval()
-    ours = model(**batch)
-    logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["positions"]]
-    theirs = F.cross_entropy(
-        logits if logits.dtype == torch.float64 else logits.float(), batch["targets"], reduction="none"
-    )
-    model.train()
+    with looking_at(model):
+        ours = model(**batch)
+        logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["positions"]]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    theirs = F.cross_entropy(logits, batch["targets"], reduction="none")
     if _any_process(distance(ours, theirs) > _rounding(config), accelerator):
         raise UserError(
             f"model {config.model} ({model_type(model)}) does something to its logits that losses.give_loss does not "
@@ -33,7 +47,6 @@ def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accele
         )
 
 
-@torch.no_grad()
 def packing_leaks(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> str:
     """Why the model must not be given packed rows; "" where it may.
 
@@ -43,17 +56,16 @@ def packing_leaks(config: TrainConfig, model: nn.Module, examples: Examples, acc
     if len(examples) < 2:
         return "there is one example"
     first, second = np.argsort(examples.lengths, kind="stable")[len(examples) // 2 - 1 :][:2].tolist()
-    model.eval()
 
     def second_losses(rows: list[list[int]], reverse: int = 0) -> Tensor:
         batch = collate(examples, rows, accelerator.device, packed=True)
         batch["input_ids"][:, :reverse] = batch["input_ids"][:, :reverse].flip(1)
         return model(**batch)[-int(examples.trained[second]) :]
 
-    together = second_losses([[first, second]])
-    other = second_losses([[first, second]], reverse=int(examples.lengths[first]))
-    apart = second_losses([[second]])
-    model.train()
+    with looking_at(model):
+        together = second_losses([[first, second]])
+        other = second_losses([[first, second]], reverse=int(examples.lengths[first]))
+        apart = second_losses([[second]])
     if _any_process(distance(together, other) > 1e-5, accelerator):
         return f"{model_type(model)} lets an example see the one before it, with attention {config.attention}"
     if _any_process(distance(together, apart) > _rounding(config), accelerator):

@@ -80,6 +80,11 @@ class TrainConfig:
     eval_rows: int = key(0, "hold out N random rows for the evaluation loss")
     tokenise_processes: int = key(0, "processes that tokenise; 0: one per core and 10,000 rows")
 
+    # what is minimised
+    objective: Literal["sft", "dpo"] = key("sft", "sft: the cross-entropy of responses; dpo: rows are pairs of answers")
+    beta: float = key(0.1, "dpo: strength of the tie to the model before training")
+    length_normalised: bool = key(False, "dpo: divide log-probabilities by the answers' lengths (LN-DPO)")
+
     # the method
     rule: str = key(
         "gmt", "which weights are updated: gmt, rmt, grad_square, hft, none (plain SFT), or one added to gmt.py"
@@ -188,7 +193,7 @@ class TrainConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "adam_epsilon"):
+        for name in ("learning_rate", "adam_epsilon", "beta"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
@@ -196,9 +201,12 @@ class TrainConfig:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.warmup_ratio and self.warmup_steps:
             raise UserError(f"set warmup_ratio ({self.warmup_ratio}) or warmup_steps ({self.warmup_steps}), not both")
-        if self.micro_batch_tokens < self.max_length:
+        if self.objective == "sft" and (self.beta != 0.1 or self.length_normalised):
+            raise UserError("beta and length_normalised are of objective dpo: leave them out under sft")
+        if self.micro_batch_tokens < self.max_length * (1 + (self.objective == "dpo")):
             raise UserError(
-                f"one example may have max_length {self.max_length} tokens, but a forward pass takes "
+                f"one {'answer of a pair' if self.objective == 'dpo' else 'example'} may have max_length "
+                f"{self.max_length} tokens, but a forward pass takes "
                 f"micro_batch_tokens {self.micro_batch_tokens}: raise the one or lower the other"
             )
         if self.packing == "on" and self.per_device_batch_size:

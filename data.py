@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import math
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 import templates
 from config import UserError, nearest
-from templates import IGNORE, TEMPLATES, encode_row
+from templates import IGNORE, TEMPLATES, LeftOut, encode_preference, encode_row
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
@@ -33,20 +34,49 @@ from templates import IGNORE, TEMPLATES, encode_row
 
 @dataclass
 class Examples:
-    """Tokenised examples: columns input_ids and labels (lists of ints, label IGNORE where a token is not trained)."""
+    """Tokenised examples: columns input_ids and labels (lists of ints, label IGNORE where a token is not trained).
+
+    An example is one sequence, or, for DPO, two, the chosen and the rejected one, strung together in the columns.
+    """
 
     rows: Dataset
-    lengths: np.ndarray  # (n,) int64: tokens of each example
-    trained: np.ndarray  # (n,) int64: its trained tokens
+    sequence_lengths: np.ndarray  # (n, sequences) int64: tokens of each sequence
+    sequence_trained: np.ndarray  # (n, sequences) int64: its trained tokens
     truncated: int = 0  # how many were cut to max_length
-    dropped: int = 0  # how many were left out, having no trained token within max_length (or being too long)
-    empty: int = 0  # how many were left out, having an empty message
+    left_out: Counter[str] = field(default_factory=Counter)  # how many were left out, by reason
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sequence_lengths)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of an example."""
+        return self.sequence_lengths.shape[1]
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: tokens of each example."""
+        return self.sequence_lengths.sum(1)
+
+    @functools.cached_property
+    def trained(self) -> np.ndarray:
+        """(n,) int64: trained tokens of each example."""
+        return self.sequence_trained.sum(1)
 
     def select(self, ids: np.ndarray) -> "Examples":
-        return Examples(self.rows.select(ids), self.lengths[ids], self.trained[ids])
+        """Some of the examples; what was truncated or left out of all of them stays known."""
+        lengths, trained = self.sequence_lengths[ids], self.sequence_trained[ids]
+        return Examples(self.rows.select(ids), lengths, trained, self.truncated, self.left_out)
+
+    def padded_lengths(self, packed: bool) -> np.ndarray:
+        """(n,) int64: tokens that an example takes in a micro-batch of its like, where sequences have rows of their own
+        (padded to the longer one of a pair) or are packed."""
+        return self.lengths if packed else self.sequences * self.sequence_lengths.max(1)
+
+    def left_out_text(self) -> str:
+        """How many were left out, and why, for people."""
+        reasons = ", ".join(f"{number} with {reason}" for reason, number in self.left_out.items())
+        return f"{self.left_out.total()} left out" + f" ({reasons})" * bool(reasons)
 
     def max_token_id(self) -> int:
         return pyarrow.compute.max(pyarrow.compute.list_flatten(self.rows.data.column("input_ids"))).as_py()
@@ -57,7 +87,7 @@ class Examples:
         for batch in self.rows.with_format("arrow").iter(1000):
             for column in ("input_ids", "labels"):
                 digest.update(batch[column].combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes())
-        digest.update(self.lengths.tobytes())
+        digest.update(self.sequence_lengths.tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -76,6 +106,7 @@ def tokenise(
     max_length: int,
     overlong: str = "truncate",
     processes: int = 0,
+    preferences: bool = False,
 ) -> Examples:
     """Tokens and labels of all rows, made on several processes and cached on disk.
 
@@ -84,6 +115,7 @@ def tokenise(
         max_length: tokens per example at most.
         overlong: "truncate" or "drop" longer examples.
         processes: 0: as many as there are cores, and work for.
+        preferences: a row is a pair of answers, see templates.encode_preference; an example has two sequences.
     Raises:
         UserError: an unknown template, a tokenizer without EOS, a row that cannot be rendered (its number is named), or
             nothing left to train on.
@@ -96,22 +128,34 @@ def tokenise(
     kind = TEMPLATES[template]
 
     def encode(row: dict, index: int) -> dict:
+        reason, sequences = "", []
         try:
-            ids, labels = encode_row(kind, row, tokenizer)
+            encode_one = lambda *args: [encode_row(*args)]  # noqa: E731
+            sequences = (encode_preference if preferences else encode_one)(kind, row, tokenizer)
+        except LeftOut as e:
+            reason = str(e)
         except UserError as e:
             raise UserError(f"row {index + 1} of the dataset: {e}") from None
-        empty, cut = not ids, len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
-        trained = sum(label != IGNORE for label in labels)
-        left_out = trained == 0 or (cut and overlong == "drop")
+        cut = any(len(ids) > max_length for ids, _ in sequences)
+        sequences = [(ids[:max_length], labels[:max_length]) for ids, labels in sequences]
+        trained = [sum(label != IGNORE for label in labels) for _, labels in sequences]
+        if cut and overlong == "drop":
+            reason = "more than max_length tokens"
+        elif sequences and min(trained) == 0:
+            reason = "no token to train on within max_length"
         return {
-            "input_ids": ids, "labels": labels, "trained": trained, "cut": cut, "empty": empty, "left_out": left_out
-        }  # fmt: skip
+            "input_ids": list(itertools.chain(*(ids for ids, _ in sequences))),
+            "labels": list(itertools.chain(*(labels for _, labels in sequences))),
+            "lengths": [len(ids) for ids, _ in sequences],
+            "trained": trained,
+            "cut": cut,
+            "reason": reason,
+        }
 
     # A name of our own for the cached result: hashing a tokenizer object is slow and not stable. The code is part of
     # it, so that an edited template is not served from the cache.
     code = Path(__file__).read_bytes() + Path(templates.__file__).read_bytes()
-    identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, code)
+    identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, preferences, code)
     try:
         encoded = rows.map(
             encode,
@@ -126,30 +170,32 @@ def tokenise(
         raise UserError(
             f"the tokenised examples cannot be cached: {e} (HF_HOME names the folder of the cache)"
         ) from None
-    cut, empty, left_out = (encoded.data.column(c).to_numpy() for c in ("cut", "empty", "left_out"))
-    trained = encoded.data.column("trained").to_numpy()
-    lengths = np.concatenate([c.value_lengths().to_numpy() for c in encoded.data.column("input_ids").chunks])
-    examples = Examples(encoded.select_columns(["input_ids", "labels"]), lengths.astype(np.int64), trained)
-    if left_out.any():
-        examples = examples.select(np.flatnonzero(~left_out))
-    examples.truncated, examples.empty = int((cut & ~left_out).sum()), int(empty.sum())
-    examples.dropped = int(left_out.sum()) - examples.empty
-    if len(examples) == 0:
-        raise UserError(f"none of the {len(rows)} examples has a token to train on within max_length {max_length}")
-    return examples
+    reasons = np.array(encoded["reason"], dtype=object)
+    kept = np.flatnonzero(reasons == "")
+    if len(kept) == 0:
+        raise UserError(f"none of the {len(rows)} examples can be trained on: {_count(reasons)}")
+    table = encoded.select(kept) if len(kept) < len(encoded) else encoded
+    lengths, trained = (
+        np.array(table[column], dtype=np.int64).reshape(len(kept), -1) for column in ("lengths", "trained")
+    )
+    cut = int(np.array(table["cut"]).sum())
+    return Examples(table.select_columns(["input_ids", "labels"]), lengths, trained, cut, _count(reasons))
 
 
-_TOKENS, _FLAG = List(Value("int32")), Value("bool")
 _FEATURES = Features(
     {
-        "input_ids": _TOKENS,
-        "labels": _TOKENS,
-        "trained": Value("int64"),
-        "cut": _FLAG,
-        "empty": _FLAG,
-        "left_out": _FLAG,
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "lengths": List(Value("int64")),
+        "trained": List(Value("int64")),
+        "cut": Value("bool"),
+        "reason": Value("string"),
     }
 )
+
+
+def _count(reasons: np.ndarray) -> Counter[str]:
+    return Counter(reason for reason in reasons if reason)
 
 
 def describe_example(tokenizer: PreTrainedTokenizerBase, examples: Examples, index: int = 0, most: int = 12) -> str:
@@ -254,7 +300,7 @@ def collate(
     """A micro-batch for a model with losses.give_loss; no rows: one row of two untrained tokens.
 
     There is no attention mask: under causal attention no token sees the padding to its right. Where rows are packed,
-    position_ids begin anew with every example, from which transformers knows what may see what; checks.py looks
+    position_ids begin anew with every sequence, from which transformers knows what may see what; checks.py looks
     whether that works.
 
     Returns:
@@ -262,21 +308,25 @@ def collate(
         token before each trained token is; targets (n,) int64, the trained tokens; packed: position_ids (rows, length).
     """
     table = examples.rows.with_format("arrow")[[i for row in rows for i in row]] if rows else None
-    ids, labels = (iter(_lists(table, c)) for c in ("input_ids", "labels")) if rows else (iter(()), iter(()))
-    width = max((int(examples.lengths[row].sum()) for row in rows), default=2)
+    ids, labels = (_Tokens(table, c) for c in ("input_ids", "labels")) if rows else (None, None)
+    rows = [[(i, s) for i in row for s in range(examples.sequences)] for row in rows]
+    if not packed:  # the sequences of an example, too, have rows of their own
+        rows = [[sequence] for row in rows for sequence in row]
+    lengths = [[int(examples.sequence_lengths[i, s]) for i, s in row] for row in rows]
+    width = max(map(sum, lengths), default=2)
     input_ids = np.zeros((max(1, len(rows)), width), dtype=np.int64)
     position_ids = np.zeros_like(input_ids)
     positions, targets = [], []
-    for r, row in enumerate(rows):
+    for r, in_row in enumerate(lengths):
         start = 0
-        for i in row:
-            end = start + int(examples.lengths[i])
-            input_ids[r, start:end] = next(ids)
-            position_ids[r, start:end] = np.arange(end - start)
-            trained = next(labels)[1:]
+        for length in in_row:
+            end = start + length
+            input_ids[r, start:end] = ids.take(length)
+            position_ids[r, start:end] = np.arange(length)
+            trained = labels.take(length)[1:]
             at = np.flatnonzero(trained != IGNORE)
             positions.append(at + (r * width + start))
-            targets.append(trained[at].astype(np.int64))
+            targets.append(trained[at])
             start = end
     empty = np.zeros(0, dtype=np.int64)
     batch = {
@@ -288,6 +338,14 @@ def collate(
     return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
 
 
-def _lists(table: pyarrow.Table, column: str) -> list[np.ndarray]:
-    """The rows of a column of lists."""
-    return [row.values.to_numpy() for chunk in table.column(column).chunks for row in chunk]
+class _Tokens:
+    """The tokens of a table's rows, one after the other."""
+
+    def __init__(self, table: pyarrow.Table, column: str):
+        chunks = table.column(column).chunks  # flatten heeds the offsets of a slice
+        self.tokens = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
+        self.start = 0
+
+    def take(self, number: int) -> np.ndarray:
+        self.start += number
+        return self.tokens[self.start - number : self.start].astype(np.int64)

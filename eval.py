@@ -10,9 +10,7 @@ sort over all rows and the batch size fix it, so that answers do not depend on t
 import contextlib
 import hashlib
 import json
-import math
 import shutil
-import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -31,9 +29,11 @@ from transformers.utils import logging as transformers_logging
 
 import generation
 import run_folder
+import scores
 from config import EvalConfig, UserError, nearest, parse, run_main
 from generation import Decoding, Scored
 from hub import from_pretrained, is_local
+from scores import read_lines, write_lines
 from tasks import GROUPS, TASKS
 from tasks.source import Source
 from tasks.task import Options, Task, render
@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 answer_all(config, folder, jobs, accelerator)
             if not accelerator.is_main_process:
                 return {}
-            scores = {job.name: score(config, folder, job, options) for job in jobs}
-            run_folder.write_json(folder / SCORES, {**old_scores, **scores})
-            print_table(scores)
-            return scores
+            new_scores = {job.name: judge(folder, job, options) for job in jobs}
+            run_folder.write_json(folder / SCORES, {**old_scores, **new_scores})
+            scores.print_table(new_scores)
+            return new_scores
     finally:
         if accelerator.num_processes == 1:  # as in train.py: the next call in this process starts afresh
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -328,90 +328,19 @@ def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict]
     return done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def score(config: EvalConfig, folder: Path, job: Job, options: Options) -> dict[str, Any]:
-    """Judge the stored answers of a job and write the verdicts beside them; returns its entry of scores.json."""
-    task, path = job.task, folder / f"{job.name}.jsonl"
-    lines = read_lines(path)
-    settings = run_folder.read_json(folder / SETTINGS).get(job.name, {"task": task.name, "protocol": task.protocol})
-    items = [line["item"] for line in lines]
-    if task.judge_needs_data:
-        job.source.published = settings.get("published_subset", False)
-        items = job.items if job.items is not None else load_items(job, settings.get("limit", 0))
-        if digest(items) != settings.get("dataset_sha256"):
-            raise UserError(f"task {task.name}: the items in {job.source.read} are not those of the stored answers")
-    verdicts = task.judge(items, [{**line, "format": job.format} for line in lines], options)
-    for line, verdict in zip(lines, verdicts, strict=True):
-        line.update(verdict)
-        if too_long(line):
-            line.update(dict.fromkeys(task.metrics, 0))
-    write_lines(path, lines)
-    groups = [task.group(item) for item in items] if task.group else [""] * len(items)
-    metrics = {m: mean_of([float(line[m]) for line in lines], groups, task.macro) for m in task.metrics}
-    return {
-        **settings,
-        **metrics[task.metrics[0]],
-        "n": len(lines),
-        "metrics": metrics,
-        "nothing_extracted": sum(line.get("extracted", "") is None for line in lines),
-        "timeouts": sum(line.get("timeouts", 0) for line in lines),
-        "cut_at_length": sum(why == "length" for line in lines for why in line.get("finish", [])),
-        "prompt_too_long": sum(map(too_long, lines)),
-        **run_folder.environment(),
-    }
-
-
-def too_long(line: dict[str, Any]) -> bool:
-    """Whether an item's prompt left no room in the context; it counts as wrong."""
-    return line.get("logprobs", 0) is None or "too_long" in line.get("finish", [])
-
-
-def mean_of(values: list[float], groups: list[str], macro: bool) -> dict[str, Any]:
-    """Score and standard error of the mean: over items, or (macro) the unweighted mean over groups."""
-    parts = defaultdict(list)
-    for value, group in zip(values, groups, strict=True):
-        parts[group].append(value)
-    by_group = {g: {"score": statistics.fmean(v), "n": len(v)} for g, v in sorted(parts.items())} if any(groups) else {}
-    units = list(parts.values()) if macro else [values]
-    variances = [statistics.variance(v) / len(v) if len(v) > 1 else math.nan for v in units]
-    error = math.sqrt(sum(variances)) / len(units)
-    out = {
-        "score": statistics.fmean(map(statistics.fmean, units)),
-        "standard_error": None if math.isnan(error) else error,
-    }
-    return {**out, "groups": by_group} if by_group else out
-
-
-def print_table(scores: dict[str, dict[str, Any]]) -> None:
-    """A line per metric: the first of a task is its score."""
-    print(
-        f"{'task':16} {'protocol':14} {'format':9} {'metric':12} {'n':>6} {'score':>8} {'± s.e.':>7} {'no answer':>9} "
-        f"{'cut':>6} {'timeouts':>8}"
-    )
-    for s in scores.values():
-        for metric, value in s["metrics"].items():
-            error = "" if value["standard_error"] is None else f"{value['standard_error']:.2%}"
-            print(
-                f"{s['task']:16} {s['protocol']:14} {s.get('prompt_format', ''):9} {metric:12} {s['n']:6d} "
-                f"{value['score']:8.2%} {error:>7} {s['nothing_extracted']:9d} {s['cut_at_length']:6d} "
-                f"{s['timeouts']:8d}"
-            )
-
-
-def write_lines(path: Path, lines: list[dict]) -> None:
-    """Write a JSON-lines file so that it is either the old or the new one."""
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    aside.replace(path)
-
-
-def read_lines(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+def judge(folder: Path, job: Job, options: Options) -> dict[str, Any]:
+    """The entry of scores.json of a job whose answers are stored."""
+    settings = run_folder.read_json(folder / SETTINGS).get(job.name)
+    if settings is None:
+        raise UserError(f"{folder / SETTINGS} has no entry {job.name}: the answers were made in another folder")
+    if job.task.judge_needs_data and job.items is None:
+        job.source.published = settings["published_subset"]
+        job.items = load_items(job, settings["limit"])
+        if digest(job.items) != settings["dataset_sha256"]:
+            where = ", ".join(job.source.read)
+            raise UserError(f"task {job.task.name}: the items in {where} are not those of the stored answers")
+    items = job.items if job.task.judge_needs_data else None
+    return {**settings, **scores.score(folder / f"{job.name}.jsonl", job.task, job.format, items, options)}
 
 
 if __name__ == "__main__":

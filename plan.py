@@ -45,15 +45,16 @@ def wants_packing(config: TrainConfig) -> bool:
 
 
 def deal(
-    config: TrainConfig, lengths: np.ndarray, ids: np.ndarray, packed: bool, processes: int
+    config: TrainConfig, examples: Examples, ids: np.ndarray, packed: bool, processes: int
 ) -> list[list[list[list[int]]]]:
     """The examples `ids` as [process][micro-batch][row] -> ids. A function of its arguments alone."""
     row_tokens = 0
     if packed and config.attention == "flash_attention_2":  # it takes one row, and computes no more than the examples
         row_tokens = config.micro_batch_tokens
     elif packed:  # by a mask, which costs by the square of a row's length
-        row_tokens = config.max_length
-    return micro_batches(ids, lengths, processes, config.micro_batch_tokens, config.per_device_batch_size, row_tokens)
+        row_tokens = config.max_length * examples.sequences
+    most = config.micro_batch_tokens, config.per_device_batch_size
+    return micro_batches(ids, examples.padded_lengths(packed), processes, *most, row_tokens)
 
 
 def tensor_bytes(
@@ -192,10 +193,13 @@ def report(
     steps = config.max_steps or config.epochs * in_epoch
     some = [step_examples(len(examples), config.global_batch_size, config.seed, s) for s in range(min(steps, 20))]
     packed = wants_packing(config)
-    dealt = [deal(config, examples.lengths, ids, packed, processes) for ids in some]
+    dealt = [deal(config, examples, ids, packed, processes) for ids in some]
     forwards = np.mean([len(d[0]) for d in dealt])
     micro = [m for d in dealt for process in d for m in process]
-    shapes = [(len(m), max(int(examples.lengths[row].sum()) for row in m)) if m else (1, 2) for m in micro]
+    padded_lengths, per_row = examples.padded_lengths(packed), 1 if packed else examples.sequences
+    shapes = [
+        (len(m) * per_row, max(int(padded_lengths[row].sum()) for row in m) // per_row) if m else (1, 2) for m in micro
+    ]
     padded = 1 - sum(examples.lengths[ids].sum() for ids in some) / sum(r * length for r, length in shapes)
     largest = max(range(len(micro)), key=lambda i: (shapes[i][0] * shapes[i][1], shapes[i][0]))
     rows, longest = shapes[largest]
@@ -220,7 +224,7 @@ def report(
         f"parameters: {sum(p.numel() for p in parameters):,}, {trained:,} of them trained",
         masker.summary(),
         f"data: {len(examples):,} examples, {examples.lengths.sum():,} tokens, {examples.trained.sum():,} of them "
-        f"trained; {examples.truncated} cut to max_length {config.max_length}, {examples.dropped} left out, "
+        f"trained; {examples.truncated} cut to max_length {config.max_length}, {examples.left_out_text()}, "
         f"{held_out} held out",
         f"steps: {steps:,} of {config.global_batch_size} examples ({in_epoch:,} an epoch), on {where}; about "
         f"{forwards:.1f} forward passes a step and process, {padded:.0%} padding"

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from config import TrainConfig, UserError
 from hub import is_local
 
-RUN, METRICS, MASKS = "run.json", "metrics.jsonl", "masks.jsonl"
+RUN, METRICS, MASKS, REFERENCE = "run.json", "metrics.jsonl", "masks.jsonl", "reference.safetensors"
 LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
 
 
@@ -85,7 +85,7 @@ def clear(folder: Path) -> None:
         raise UserError(f"overwrite: {folder} is a link, a home, the root or the working folder: delete it by hand")
     for name in ("checkpoints", "final"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS, MASKS):
+    for name in (METRICS, MASKS, REFERENCE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -15,8 +15,8 @@ from datasets.exceptions import DatasetGenerationError
 from config import UserError
 from hub import is_local
 
-MESSAGES = "messages"  # the one column that is no text: a list of {role, content}
-_ROW_FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+MESSAGES = "messages"  # the usual column of conversations
+ROW_FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
 def data_files(source: str) -> list[Path] | None:
@@ -26,17 +26,18 @@ def data_files(source: str) -> list[Path] | None:
         UserError: nothing there, no data file in the folder, or an unknown kind of file.
     """
     path = Path(source).expanduser()
-    if not is_local(source) and not source.endswith(_ROW_FILES):
+    if not is_local(source) and not source.endswith(ROW_FILES):
         return None
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(_ROW_FILES))
+        names = sorted(p.relative_to(path) for p in path.rglob("*") if p.name.endswith(ROW_FILES))
+        files = [path / name for name in names if not any(part.startswith(".") for part in name.parts)]
         if not files:
-            raise UserError(f"dataset {source}: the folder holds no {', '.join(_ROW_FILES)} file")
+            raise UserError(f"dataset {source}: the folder holds no {', '.join(ROW_FILES)} file")
         return files
     if not path.is_file():
         raise UserError(f"dataset {source}: no such file or folder (a Hub dataset is written owner/name)")
-    if not path.name.endswith(_ROW_FILES):
-        raise UserError(f"dataset {source}: expected a file that ends in {', '.join(_ROW_FILES)}")
+    if not path.name.endswith(ROW_FILES):
+        raise UserError(f"dataset {source}: expected a file that ends in {', '.join(ROW_FILES)}")
     return [path]
 
 
@@ -79,8 +80,10 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: the file is empty" if number == 0 else f"{path}: no rows in the file")
 
 
-def read_columns(path: str | Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """These columns of each row of a JSON file: text, but for MESSAGES, a list of {role, content}.
+def read_columns(
+    path: str | Path, columns: tuple[str, ...], conversations: tuple[str, ...] = (MESSAGES,)
+) -> Iterator[dict[str, Any]]:
+    """These columns of each row of a JSON file: text, but for `conversations`, lists of {role, content}.
 
     The content of a message may be null: what an empty message means is the template's business.
 
@@ -91,7 +94,7 @@ def read_columns(path: str | Path, columns: tuple[str, ...]) -> Iterator[dict[st
         for column in columns:
             if column not in row:
                 raise UserError(f"{place}: no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
-            if column != MESSAGES:
+            if column not in conversations:
                 _check_text(row[column], f"{place}: column {column!r}")
                 continue
             if not isinstance(row[column], list):
@@ -105,7 +108,7 @@ def read_columns(path: str | Path, columns: tuple[str, ...]) -> Iterator[dict[st
                 _check_text(message["role"], f"{what}: role")
                 if message["content"] is not None:
                     _check_text(message["content"], f"{what}: content")
-        yield {c: [_role_and_content(m) for m in row[c]] if c == MESSAGES else row[c] for c in columns}
+        yield {c: [_role_and_content(m) for m in row[c]] if c in conversations else row[c] for c in columns}
 
 
 def _check_text(value: Any, what: str) -> None:
@@ -140,27 +143,36 @@ def split_cap(source: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def load_all(sources: list[str], columns: tuple[str, ...], split: str = "train") -> Dataset:
+def load_all(
+    sources: list[str], columns: tuple[str, ...], split: str = "train", conversations: tuple[str, ...] = (MESSAGES,)
+) -> Dataset:
     """The datasets `SOURCE` or `SOURCE:N` (its first N rows), one after the other; see load_rows."""
-    parts = [load_rows(source, columns, split, max_rows) for source, max_rows in map(split_cap, sources)]
+    capped = map(split_cap, sources)
+    parts = [load_rows(source, columns, split, max_rows, conversations=conversations) for source, max_rows in capped]
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def load_rows(
-    source: str, columns: tuple[str, ...], split: str = "train", max_rows: int = 0, subset: str | None = None
+    source: str,
+    columns: tuple[str, ...],
+    split: str = "train",
+    max_rows: int = 0,
+    subset: str | None = None,
+    conversations: tuple[str, ...] = (MESSAGES,),
 ) -> Dataset:
-    """The columns of a dataset, on disk and memory-mapped: text, but for MESSAGES, a list of {role, content}.
+    """The columns of a dataset, on disk and memory-mapped: text, but for `conversations`, lists of {role, content}.
 
     Args:
-        source: a file, a folder of files (concatenated in the order of their names), or a Hub id.
+        source: a file, a folder of files (in the order of their names, its folders' too), or a Hub id.
         split, subset: which part of a Hub dataset (the Hub calls subset a configuration).
         max_rows: the first N rows; 0: all.
     Raises:
         UserError: the data cannot be read or has not the columns; no rows.
     """
     files = data_files(source)
-    parts = [_from_hub(source, split, subset)] if files is None else [_from_file(f, columns) for f in files]
-    rows = concatenate_datasets([_only(part, columns, source) for part in parts])
+    kinds = columns, conversations
+    parts = [_from_hub(source, split, subset)] if files is None else [_from_file(f, *kinds) for f in files]
+    rows = concatenate_datasets([_only(part, *kinds, source) for part in parts])
     if max_rows:
         rows = rows.select(range(min(max_rows, len(rows))))
     if len(rows) == 0:
@@ -168,34 +180,34 @@ def load_rows(
     return rows
 
 
-def _features(columns: tuple[str, ...]) -> Features:
+def _features(columns: tuple[str, ...], conversations: tuple[str, ...]) -> Features:
     text = Value("string")
-    return Features({c: List({"role": text, "content": text}) if c == MESSAGES else text for c in columns})
+    return Features({c: List({"role": text, "content": text}) if c in conversations else text for c in columns})
 
 
-def _only(rows: Dataset, columns: tuple[str, ...], source: str) -> Dataset:
+def _only(rows: Dataset, columns: tuple[str, ...], conversations: tuple[str, ...], source: str) -> Dataset:
     """These columns, in the one type that all parts of a dataset share (Parquet files may say large_string)."""
-    _check_columns(rows, columns, source)
-    rows, features = rows.select_columns(list(columns)), _features(columns)
+    _check_columns(rows, columns, conversations, source)
+    rows, features = rows.select_columns(list(columns)), _features(columns, conversations)
     if rows.features == features:
         return rows
-    if MESSAGES in columns:  # messages may hold more than role and content, or hold them in another order
-        return rows.map(lambda row: {MESSAGES: [_role_and_content(m) for m in row[MESSAGES]]}, features=features)
+    if some := set(columns) & set(conversations):  # messages may hold more than these, or hold them in another order
+        return rows.map(lambda row: {c: [_role_and_content(m) for m in row[c]] for c in some}, features=features)
     return rows.cast(features)
 
 
-def _from_file(path: Path, columns: tuple[str, ...]) -> Dataset:
+def _from_file(path: Path, columns: tuple[str, ...], conversations: tuple[str, ...]) -> Dataset:
     stamp = path.stat()
     if stamp.st_size == 0:
         raise UserError(f"{path}: the file is empty")
     try:
         if path.suffix == ".parquet":
             return load_dataset("parquet", data_files=str(path), split="train")
-        identity = f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {columns}"
+        identity = f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {columns} {conversations}"
         return Dataset.from_generator(
             read_columns,
-            gen_kwargs={"path": str(path), "columns": columns},
-            features=_features(columns),
+            gen_kwargs={"path": str(path), "columns": columns, "conversations": conversations},
+            features=_features(columns, conversations),
             fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:32],  # a changed file is read anew
         )
     except DatasetGenerationError as e:
@@ -215,12 +227,12 @@ def _from_hub(source: str, split: str, subset: str | None) -> Dataset:
         ) from None
 
 
-def _check_columns(rows: Dataset, columns: tuple[str, ...], source: str) -> None:
+def _check_columns(rows: Dataset, columns: tuple[str, ...], conversations: tuple[str, ...], source: str) -> None:
     for column in columns:
         if column not in rows.column_names:
             raise UserError(f"dataset {source}: no column {column!r}; it has {', '.join(rows.column_names)}")
         kind = rows.features[column]
-        if column == MESSAGES:
+        if column in conversations:
             inner = getattr(kind, "feature", None)
             if not isinstance(inner, dict) or not {"role", "content"} <= inner.keys():
                 raise UserError(f"dataset {source}: column {column!r} must be a list of {{role, content}}, got {kind}")

@@ -14,6 +14,7 @@ from config import UserError
 from sources import MESSAGES
 
 IGNORE = -100  # label of a token that is not trained
+PREFERENCES = ("chosen", "rejected")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
@@ -114,7 +115,7 @@ def chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
 class Pair:
     """A row with these text columns is a prompt and a response, which is trained together with an EOS behind it."""
 
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # the last one is the response
     render: Callable[[dict[str, str]], tuple[str, str]]
     apart: bool = False  # prompt and response are tokenised apart (Magicoder), not as one text (MetaMath)
 
@@ -141,24 +142,83 @@ TEMPLATES: dict[str, Pair | Conversation] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class LeftOut(Exception):
+    """A row that is not trained on; its text says why, and is counted."""
+
+
+def columns(template: Pair | Conversation, preferences: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(all columns that a row needs, those of them that are conversations); see encode_row and encode_preference."""
+    if not preferences:
+        return template.columns, (MESSAGES,)
+    if isinstance(template, Conversation):
+        return PREFERENCES, PREFERENCES
+    return (*template.columns[:-1], *PREFERENCES), ()
+
+
 def encode_row(
     template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a row and their labels (IGNORE where not trained); both empty where a message of it is empty.
+    """Token ids of a row and their labels (IGNORE where not trained).
 
     One beginning-of-sequence token if the tokenizer adds one, else none.
 
     Raises:
+        LeftOut: a message is empty.
         UserError: the row cannot be rendered; a response is empty.
     """
     if isinstance(template, Conversation):
-        messages = row[MESSAGES]
-        if not messages or any(not (m["content"] or "").strip() for m in messages):
-            return [], []
-        return encode_segments(template.render(messages, tokenizer), tokenizer, template.special_tokens)
+        return _encode_messages(template, row[MESSAGES], tokenizer)
     prompt, response = template.render(row)
     if not response.strip():
         raise UserError("the response is empty")
+    return _encode_pair(template, prompt, response, tokenizer)
+
+
+def encode_preference(
+    template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of the chosen and of the rejected answer to a prompt; of each the last answer is trained.
+
+    The columns `chosen` and `rejected` are conversations with the same messages but for the last one (the schema of
+    HuggingFaceH4/ultrafeedback_binarized), or texts beside the template's own columns of the prompt.
+
+    Raises:
+        LeftOut: an answer or a message is empty, the answers are equal, or the prompts are not.
+        UserError: the row cannot be rendered.
+    """
+    chosen, rejected = (row[column] for column in PREFERENCES)
+    if isinstance(template, Conversation):
+        if any(not m or m[-1]["role"] != "assistant" for m in (chosen, rejected)):
+            raise LeftOut("no answer at the end")
+        if chosen[:-1] != rejected[:-1]:
+            raise LeftOut("different prompts")
+        answers = chosen[-1]["content"] or "", rejected[-1]["content"] or ""
+    else:
+        answers = chosen, rejected
+    if any(not answer.strip() for answer in answers):
+        raise LeftOut("an empty answer")
+    if answers[0].strip() == answers[1].strip():
+        raise LeftOut("equal answers")
+    if isinstance(template, Conversation):
+        return [_encode_messages(template, m, tokenizer, last_answer=True) for m in (chosen, rejected)]
+    response = template.columns[-1]
+    return [_encode_pair(template, *template.render({**row, response: text}), tokenizer) for text in answers]
+
+
+def _encode_messages(
+    template: Conversation, messages: list[dict], tokenizer: PreTrainedTokenizerBase, last_answer: bool = False
+) -> tuple[list[int], list[int]]:
+    if not messages or any(not (m["content"] or "").strip() for m in messages):
+        raise LeftOut("an empty message")
+    segments = template.render(messages, tokenizer)
+    if last_answer:
+        segments = [s._replace(trained=s.trained and i + 1 == len(segments)) for i, s in enumerate(segments)]
+    return encode_segments(segments, tokenizer, template.special_tokens)
+
+
+def _encode_pair(
+    template: Pair, prompt: str, response: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
     segments = [Segment(prompt, False), Segment(response, True)]
     ids, labels = encode_segments(segments, tokenizer, apart=template.apart)
     if ids[-1] != tokenizer.eos_token_id:

@@ -6,11 +6,13 @@
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -29,6 +31,7 @@ import gmt
 import interrupts
 import plan
 import run_folder
+import templates
 from config import TrainConfig, UserError, nearest, parse, run_main
 from data import (
     Examples,
@@ -41,6 +44,7 @@ from data import (
 )
 from hub import from_pretrained, is_local
 from losses import give_loss
+from objectives import DPO, SFT, Objective, load_reference, reference_logps, save_reference
 from sources import data_files, load_all, split_cap
 from templates import TEMPLATES
 
@@ -83,7 +87,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     model = load_model(config, examples)
     give_loss(model, config.loss_chunk)
     if config.rule == "hft":
-        frozen = as_user_error(gmt.freeze_half, model, config.seed, "sft")
+        frozen = as_user_error(gmt.freeze_half, model, config.seed, config.objective)
         say(f"hft freezes {len(frozen)} tensors: {', '.join(frozen)}")
     if config.master_dtype == "bfloat16":
         say("warning: master_dtype bfloat16: a weight changes only where its update is above about 1/256 of it")
@@ -94,12 +98,22 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     checks.check_loss(config, model, examples, accelerator)
     packed = checks.decide_packing(config, model, examples, accelerator)
     say(
-        f"{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, {examples.dropped} left"
-        f" out, {examples.empty} with an empty message left out, {len(held_out)} held out), {examples.lengths.sum()} "
-        f"tokens, {examples.trained.sum()} of them trained\n{describe_example(tokenizer, examples)}\n"
+        f"{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, "
+        f"{examples.left_out_text()}, {len(held_out)} held out), {examples.lengths.sum()} tokens, "
+        f"{examples.trained.sum()} of them trained\n{describe_example(tokenizer, examples)}\n"
         f"{total_steps} steps of {config.global_batch_size} examples on {accelerator.num_processes} process(es), "
         f"{steps_per_epoch(len(examples), config.global_batch_size)} steps an epoch"
     )
+
+    # --- what is minimised; DPO's reference is the model as it is now, before a checkpoint is loaded ------------------
+    objective, objective_held_out = SFT(examples), SFT(held_out)
+    if config.objective == "dpo":
+        mark = reference_fingerprint(config, examples, held_out, packed)
+        reference = find_reference(config, folder / run_folder.REFERENCE, mark, accelerator)
+        if reference is None:
+            reference = make_reference(config, model, examples, held_out, packed, accelerator)
+        splits = zip((examples, held_out), reference.split([len(examples), len(held_out)]), strict=True)
+        objective, objective_held_out = (DPO(*split, config.beta, config.length_normalised) for split in splits)
 
     # --- the run folder, and where to go on --------------------------------------------------------------------------
     description = {
@@ -115,13 +129,15 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     if config.resume and checkpoint.is_complete(folder / "final"):
         say(f"this run is finished: {folder / 'final'} is there")
         return {}
+    if config.objective == "dpo" and accelerator.is_main_process:
+        save_reference(folder / run_folder.REFERENCE, reference, mark)
     log = run_folder.Log(folder, progress["step"], accelerator, config)
     line: dict[str, Any] = {}
 
     # --- calibration: grad_square chooses its masks from the first steps' gradients, without a step being taken -------
     model.train()
     for step in range(config.calibration_steps if masker.needs_calibration else 0):
-        backward(model, step_batches(config, examples, step, packed, accelerator), accelerator)
+        backward(model, step_batches(config, examples, step, packed, accelerator), objective, accelerator)
         masker.calibrate()
         optimizer.zero_grad()
     if masker.needs_calibration:
@@ -145,14 +161,15 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         batches = step_batches(config, examples, step, packed, accelerator)
         timer.lap("data")
 
-        # 2. forward and backward: the gradient of (sum over the step's trained tokens) / (their number)
-        loss_sum = backward(model, batches, accelerator)
-        # one sum over the processes: the loss, whether it is time to save, and the signals that any of them has got
+        # 2. forward and backward: the gradient of (sum of the loss over the step) / (its count, of tokens or pairs)
+        sums = backward(model, batches, objective, accelerator)
+        # one sum over the processes: of losses and metrics, of whether it is time to save, of the signals any has got
         minutes = (time.monotonic() - last_save) / 60 if accelerator.is_main_process else 0.0
         time_to_save = 0 < config.save_every_minutes <= minutes
-        agreed = torch.tensor([0.0, time_to_save, *signals.received()], dtype=torch.float64, device=loss_sum.device)
-        agreed[0] = loss_sum
-        loss_sum, time_to_save, *received = accelerator.reduce(agreed, "sum").tolist()
+        agreed = torch.cat([torch.tensor([time_to_save, *signals.received()]).to(sums), sums])
+        time_to_save, *agreed = accelerator.reduce(agreed, "sum").tolist()
+        received, sums = agreed[: len(interrupts.SIGNALS)], agreed[len(interrupts.SIGNALS) :]
+        loss, *metrics = (total / objective.count(batches.ids) for total in sums)
         timer.lap("forward_backward")
 
         # 3. clip by the full norm, so that the mask is the only difference between the rules; then mask
@@ -190,17 +207,20 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
 
         # 5. log, evaluate
         bar.update()
-        bar.set_postfix(loss=f"{loss_sum / batches.trained:.3f}", tokens_per_s=f"{batches.tokens / timer.total():.0f}")
+        bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{batches.tokens / timer.total():.0f}")
         eval_due = step + 1 == total_steps or (config.eval_every and (step + 1) % config.eval_every == 0)
         eval_loss = (
-            evaluation_loss(config, model, held_out, packed, accelerator) if eval_due and len(held_out) else None
+            evaluation_loss(config, model, held_out, packed, objective_held_out, accelerator)
+            if eval_due and len(held_out)
+            else None
         )
         per_tensor = stats.pop("tensors") if stats else None
         if logged or not finite or eval_loss is not None:
             line = {
                 "step": step + 1,
                 "epoch": round((step + 1) / steps_in_epoch, 4),
-                "loss": loss_sum / batches.trained,
+                "loss": loss,
+                **dict(zip(objective.metrics, metrics, strict=True)),
                 "eval_loss": eval_loss,
                 "lr": optimizer.param_groups[0]["lr"],
                 "grad_norm": grad_norm,
@@ -291,15 +311,16 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     if config.template not in TEMPLATES:
         raise UserError(f"template: unknown word {config.template!r}{nearest(config.template, TEMPLATES)}")
-    rows = load_all(config.dataset, TEMPLATES[config.template].columns, config.dataset_split)
-    examples = tokenise(rows, tokenizer, config.template, config.max_length, config.overlong, config.tokenise_processes)
+    preferences = config.objective == "dpo"
+    columns, conversations = templates.columns(TEMPLATES[config.template], preferences)
+    rows = load_all(config.dataset, columns, config.dataset_split, conversations)
+    how = config.template, config.max_length, config.overlong, config.tokenise_processes
+    examples = tokenise(rows, tokenizer, *how, preferences)
     if config.eval_rows >= len(examples):
         raise UserError(f"eval_rows {config.eval_rows} leaves nothing to train on: there are {len(examples)} examples")
     order = permutation(len(examples), config.seed, -1)
     held_out, rest = np.sort(order[: config.eval_rows]), np.sort(order[config.eval_rows :])
-    training = examples.select(rest)
-    training.truncated, training.dropped, training.empty = examples.truncated, examples.dropped, examples.empty
-    return tokenizer, training, examples.select(held_out)
+    return tokenizer, examples.select(rest), examples.select(held_out)
 
 
 def dry_run(config: TrainConfig) -> dict[str, Any]:
@@ -309,7 +330,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     check_batches(config, len(examples), processes)
     model = plan.on_meta(config, load_architecture(config, examples))
     if config.rule == "hft":
-        as_user_error(gmt.freeze_half, model, config.seed, "sft")
+        as_user_error(gmt.freeze_half, model, config.seed, config.objective)
     sharded = backend.is_sharded()
     text = plan.report(config, model, build_masker(config, model), examples, len(held_out), processes, sharded)
     if os.environ.get("RANK", "0") == "0":
@@ -333,7 +354,7 @@ def load_architecture(config: TrainConfig, examples: Examples) -> PretrainedConf
             f"the tokenizer {config.tokenizer or config.model} does not fit the model {config.model}"
         )
     context = getattr(architecture, "max_position_embeddings", math.inf)
-    if (longest := int(examples.lengths.max())) > context:
+    if (longest := int(examples.sequence_lengths.max())) > context:
         raise UserError(f"an example has {longest} tokens, the model's context is {context}: lower max_length")
     return whole
 
@@ -437,7 +458,14 @@ class Batches(NamedTuple):
     ids: np.ndarray  # the step's examples
     tokens: int  # their tokens
     trained: int  # and those of them that are trained
-    micro: list[dict[str, torch.Tensor]]  # this process's micro-batches, see data.collate
+    micro: list["MicroBatch"]  # this process's share
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass takes."""
+
+    inputs: dict[str, torch.Tensor]  # of the model, see data.collate
+    ids: list[int]  # the examples, in their order in it
 
 
 def step_batches(config: TrainConfig, examples: Examples, step: int, packed: bool, accelerator: Accelerator) -> Batches:
@@ -445,33 +473,69 @@ def step_batches(config: TrainConfig, examples: Examples, step: int, packed: boo
     # dropout is a function of (seed, step, process): there is no generator state to save or restore
     torch.manual_seed(((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index) % 2**63)
     ids = step_examples(len(examples), config.global_batch_size, config.seed, step)
-    micro = deal(config, examples, ids, packed, accelerator)
+    micro = list(deal(config, examples, ids, packed, accelerator))
     return Batches(ids, int(examples.lengths[ids].sum()), int(examples.trained[ids].sum()), micro)
 
 
 def deal(
     config: TrainConfig, examples: Examples, ids: np.ndarray, packed: bool, accelerator: Accelerator
-) -> list[dict[str, torch.Tensor]]:
+) -> Iterator[MicroBatch]:
     """This process's micro-batches of the examples `ids`."""
-    dealt = plan.deal(config, examples.lengths, ids, packed, accelerator.num_processes)[accelerator.process_index]
-    return [collate(examples, rows, accelerator.device, packed) for rows in dealt]
+    dealt = plan.deal(config, examples, ids, packed, accelerator.num_processes)[accelerator.process_index]
+    for rows in dealt:
+        yield MicroBatch(collate(examples, rows, accelerator.device, packed), [i for row in rows for i in row])
 
 
-def backward(model: torch.nn.Module, batches: Batches, accelerator: Accelerator) -> torch.Tensor:
-    """Accumulate the gradient of the step's loss; returns this process's sum of the loss over its trained tokens.
+def backward(model: torch.nn.Module, batches: Batches, objective: Objective, accelerator: Accelerator) -> torch.Tensor:
+    """Accumulate the gradient of the step's loss; returns this process's sums of the loss and of the metrics, fp64.
 
     DDP reduces gradients once, after the last micro-batch. FSDP2 does after each, so that none is ever held whole.
     """
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=accelerator.device)
+    count = objective.count(batches.ids)
     for i, batch in enumerate(batches.micro):
         reduce_now = sharded or i + 1 == len(batches.micro)
         with contextlib.nullcontext() if reduce_now else accelerator.no_sync(model):
-            loss = model(**batch).sum()
-            loss_sum += loss.detach()
-            # DDP and FSDP2 average over the processes: undo that, since `trained` already counts all of them
-            accelerator.backward(loss * (accelerator.num_processes / batches.trained))
-    return loss_sum
+            loss, metrics = objective(model(**batch.inputs), batch.ids)
+            sums += torch.stack([x.detach().double() for x in (loss, *metrics)])
+            # DDP and FSDP2 average over the processes: undo that, since `count` already counts all of them
+            accelerator.backward(loss * (accelerator.num_processes / count))
+    return sums
+
+
+def reference_fingerprint(config: TrainConfig, examples: Examples, held_out: Examples, packed: bool) -> str:
+    """What DPO's reference log-probabilities depend on: the data, the model, how it computes."""
+    path = Path(config.model)
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.iterdir()) if path.is_dir() else []
+    how = [getattr(config, key) for key in ("model", "master_dtype", "mixed_precision", "attention", "seed")]
+    everything = [examples.fingerprint(), held_out.fingerprint(), files, how, packed]
+    return hashlib.sha256(repr(everything).encode()).hexdigest()
+
+
+def find_reference(config: TrainConfig, path: Path, fingerprint: str, accelerator: Accelerator) -> torch.Tensor | None:
+    """The reference log-probabilities that the run to be resumed has left, if every process sees them."""
+    found = load_reference(path, fingerprint) if config.resume else None
+    missing = torch.tensor(float(found is None), device=accelerator.device)
+    return None if accelerator.reduce(missing, "sum") > 0 else found
+
+
+def make_reference(
+    config: TrainConfig, model: torch.nn.Module, examples: Examples, held_out: Examples, packed: bool, accelerator
+) -> torch.Tensor:
+    """Log-probabilities of all answers, training ones before held-out ones, under the model as it is: (n, 2) fp64.
+
+    In the very micro-batches of the first epoch, so that at step 0 policy and reference agree to the last bit.
+    """
+    accelerator.print("computing the reference's log-probabilities")
+    steps = range(steps_per_epoch(len(examples), config.global_batch_size))
+    lists = [step_examples(len(examples), config.global_batch_size, config.seed, step) for step in steps]
+    training = (m for ids in lists for m in deal(config, examples, ids, packed, accelerator))
+    evaluation = deal(config, held_out, np.arange(len(held_out)), packed, accelerator)
+    reduce = lambda t: accelerator.reduce(t.to(accelerator.device), "sum").cpu()  # noqa: E731
+    with checks.looking_at(model):
+        of_training = reference_logps(examples, training, model, reduce)
+        return torch.cat([of_training, reference_logps(held_out, evaluation, model, reduce)])
 
 
 def whole(norm: torch.Tensor) -> float:
@@ -496,15 +560,20 @@ def stop_at_bad_steps(
 
 @torch.no_grad()
 def evaluation_loss(
-    config: TrainConfig, model: torch.nn.Module, held_out: Examples, packed: bool, accelerator: Accelerator
+    config: TrainConfig,
+    model: torch.nn.Module,
+    held_out: Examples,
+    packed: bool,
+    objective: Objective,
+    accelerator: Accelerator,
 ) -> float:
-    """Mean cross-entropy per trained token of the held-out examples, in nats."""
+    """The objective's loss on the held-out examples: for SFT the mean cross-entropy per trained token, in nats."""
     model = accelerator.unwrap_model(model).eval()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for batch in deal(config, held_out, np.arange(len(held_out)), packed, accelerator):
-        total += model(**batch).sum()
+        total += objective(model(**batch.inputs), batch.ids)[0]
     model.train()
-    return accelerator.reduce(total, "sum").item() / int(held_out.trained.sum())
+    return accelerator.reduce(total, "sum").item() / objective.count(np.arange(len(held_out)))
 
 
 class Timer:

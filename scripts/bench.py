@@ -2,6 +2,7 @@
 
 import json
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +35,15 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
             if i:
                 times[name].append(spent)
     return times
+
+
+def peak_bytes(reset: bool = False) -> int:
+    """The most memory that this process has held: of its GPU, or resident. `reset`: of a GPU, since now."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def median(values: list[float]) -> float:

@@ -8,7 +8,6 @@ One model of random weights, the rules in turn at every repeat, medians; peak me
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -108,9 +107,7 @@ def peak_memory_mib(args: argparse.Namespace, way: str) -> float:
     model, optimizer = build(args)
     for _ in range(2):
         step(args, way, model, optimizer)
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return bench.peak_bytes() / 2**20
 
 
 def main() -> None:

@@ -129,9 +129,9 @@ def load_bbh(source: Source) -> list[dict]:
     """
     sampler, items = random.Random(42), []
     for task in BBH_TASKS:
-        rows = source.json(f"bbh/bbh/{task}.json", ("SaylorTwift/bbh", task, "test"), "examples", ("input", "target"))
         prompt = source.local(f"bbh/cot-prompts/{task}.txt", f"{BBH_ORIGIN}, cot-prompts/").read_text(encoding="utf-8")
         prompt = "".join(prompt.splitlines(keepends=True)[2:])  # after the canary and a rule
+        rows = source.json(f"bbh/bbh/{task}.json", ("SaylorTwift/bbh", task, "test"), "examples", ("input", "target"))
         rows = sampler.sample(rows, 40) if source.published else rows
         items += [{"task": task, "input": r["input"], "target": r["target"], "_examples": prompt} for r in rows]
     return items

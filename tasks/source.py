@@ -56,9 +56,10 @@ class Source:
         return rows
 
     def json(self, path: str, hub: tuple[str, str | None, str], key: str, columns: tuple[str, ...]) -> list[dict]:
-        """The rows under `key` of a local JSON file, or those of the Hub."""
-        if not self.folder:
-            return self.rows("", hub, columns)
+        """The rows under `key` of a local JSON file, or, where there is none, those of the Hub."""
+        if not self.folder or not (Path(self.folder) / path).exists():
+            self.read.append(":".join(filter(None, hub)))
+            return _from_hub(*hub)
         found = self.local(path, hub[0])
         try:
             rows = json.loads(found.read_text(encoding="utf-8"))[key]

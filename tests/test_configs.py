@@ -54,12 +54,17 @@ SHAPES["Qwen/Qwen2.5-Coder-0.5B"] = SHAPES["Qwen/Qwen2.5-0.5B"]
 NO_BOS = ("Qwen",)  # the other tokenizers put one in front
 ROWS = {
     "meta-math/MetaMathQA": lambda i: {
-        "type": "GSM_AnsAug", "query": f"What is {i}+{i}?", "original_question": "?", "response": f"The answer is: {2 * i}",
+        "type": "GSM_AnsAug", "query": f"What is {i}+{i}?", "original_question": "?",
+        "response": f"The answer is: {2 * i}",
     },
-    "ise-uiuc/Magicoder-Evol-Instruct-110K": lambda i: {"instruction": f"Add {i}.", "response": f"```python\nx += {i}\n```"},
+    "ise-uiuc/Magicoder-Evol-Instruct-110K": lambda i: {
+        "instruction": f"Add {i}.", "response": f"```python\nx += {i}\n```",
+    },
     "allenai/tulu-v2-sft-mixture": lambda i: {
         "dataset": "flan", "id": f"flan_{i}",
-        "messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "" if i == 3 else "It."}],
+        "messages": [
+            {"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "" if i == 3 else "It."},
+        ],
     },
 }  # fmt: skip
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if re.match("math_|code_|general_", p.name))

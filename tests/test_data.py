@@ -58,10 +58,10 @@ def test_overlong_examples_are_cut_or_dropped_and_counted(tmp_path, tokenizer):
     rows = [{"query": "q", "response": r} for r in ("ab", "abcdef")] + [{"query": "q" * 400, "response": "a"}]
     rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
     cut = data.tokenise(rows, tokenizer, "metamath", prompt_length + 4)
-    assert (cut.lengths.tolist(), cut.truncated, cut.dropped) == ([prompt_length + 3, prompt_length + 4], 1, 1)
+    assert (cut.lengths.tolist(), cut.truncated, cut.left_out.total()) == ([prompt_length + 3, prompt_length + 4], 1, 1)
     assert cut.rows[1]["labels"][-4:] == tokenizer("abcd")["input_ids"]  # without EOS: the text goes on
     dropped = data.tokenise(rows, tokenizer, "metamath", prompt_length + 4, "drop")
-    assert (len(dropped), dropped.truncated, dropped.dropped) == (1, 0, 2)
+    assert (len(dropped), dropped.truncated, dropped.left_out.total()) == (1, 0, 2)
     with pytest.raises(UserError, match="none of the 3 examples has a token to train on within max_length 10"):
         data.tokenise(rows, tokenizer, "metamath", 10)
 
@@ -128,7 +128,12 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
     for path in files:
         path.rename(tmp_path / "folder" / path.name)
     assert list(sources.load_rows(str(tmp_path / "folder"), COLUMNS)) == expected * 6
-    both = [f"{tmp_path / 'folder'}:4", str(tmp_path / "folder" / "a.jsonl")]
+    (tmp_path / "folder" / "data").mkdir()
+    (tmp_path / "folder" / "a.jsonl").rename(tmp_path / "folder" / "data" / "a.jsonl")
+    (tmp_path / "folder" / ".cache").mkdir()
+    write_rows(tmp_path / "folder" / ".cache" / "a.jsonl", [{"no": "rows"}])  # as downloads leave
+    assert list(sources.load_rows(str(tmp_path / "folder"), COLUMNS)) == expected * 6
+    both = [f"{tmp_path / 'folder'}:4", str(tmp_path / "folder" / "data" / "a.jsonl")]
     assert list(sources.load_all(both, COLUMNS)) == (expected * 2)[:4] + expected
 
 

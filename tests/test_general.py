@@ -283,7 +283,7 @@ def test_what_is_loaded(folder, few_training_rows):
 def test_what_is_missing_is_named_with_its_origin(folder, tmp_path):
     for name, message in {
         "mmlu": r"no file .*mmlu/test.jsonl.gz \(its origin: hf download --repo-type dataset cais/mmlu",
-        "bbh": "no file .*boolean_expressions.json .*SaylorTwift/bbh",
+        "bbh": "no file .*boolean_expressions.txt .*github.com/suzgunmirac/BIG-Bench-Hard",
         "tydiqa": "no file .*arabic_dev.json.gz",
         "truthfulqa": "no file .*TruthfulQA_v1.csv .*github.com/sylinrl/TruthfulQA",
         "hendrycks_math": "no file .*math/test.jsonl.gz .*EleutherAI/hendrycks_math",
