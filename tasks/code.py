@@ -264,6 +264,7 @@ def summary(verdicts: list[dict], programs: list[str], metrics: dict[str, tuple[
         "extracted": programs if any(text.strip() for text in programs) else None,
         "verdicts": verdicts,
         "timeouts": sum(map(sandbox.timed_out, verdicts)),
+        "crashes": sum(v.get("crashed", False) for v in verdicts),
         "sandbox": "none" if unsafe else "bubblewrap",
     }
 

@@ -285,7 +285,7 @@ def main(role, limits, fd, paths):
     exec(compile(job["judges"], "judges.py", "exec"), namespace)
     candidate = Candidate(sock)
     candidate.ready(job["patience"])
-    out.write("started\n")
+    print("started", file=out, flush=True)
     signal.signal(signal.SIGALRM, alarm)
     signal.setitimer(signal.ITIMER_REAL, job["seconds"] + job["spare"])
     candidate.seconds = job["seconds"]

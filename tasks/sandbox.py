@@ -156,7 +156,7 @@ def run(job: Job, unsafe: bool = False) -> dict[str, Any]:
             try:
                 return json.loads(verdict)
             except ValueError:  # it ran out of memory or time: the fault of what the program sent
-                return {"base": "failed", "plus": "failed", "reason": f"the judge ended: {err[-200:]}"}
+                return {"base": "failed", "plus": "failed", "crashed": True, "reason": f"the judge ended: {err[-200:]}"}
     raise UserError(f"the sandbox did not start: {' '.join(err.split())[-300:] or 'it was silent'}")
 
 

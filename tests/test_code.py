@@ -412,6 +412,7 @@ def test_eval_from_the_model_to_the_scores(folder, tmp_path, monkeypatch):
     assert list(scores) == ["humaneval_plus.evalplus", "mbpp_plus.evalplus"]
     for name, entry in scores.items():
         assert entry["n"] == 1 and set(entry["metrics"]) == {"plus", "base"} and entry["score"] == 0, name
+        assert entry["sandbox"] == "bubblewrap" and entry["timeouts"] == entry["crashes"] == 0
     path = tmp_path / "out" / "humaneval_plus.evalplus.jsonl"
     line = json.loads(path.read_text())
     assert "_reference" not in line["item"] and line["verdicts"][0]["base"] == "failed"

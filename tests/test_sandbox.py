@@ -141,6 +141,16 @@ def test_tests_that_are_code():
 
 
 @needs_sandbox
+def test_a_judge_that_ends_early_is_a_failed_program():
+    """Not a sandbox that did not start: what the program sent may be the cause, such as too much for the memory."""
+    for tests in ("import os; os._exit(0)", "import ctypes; ctypes.string_at(0)"):
+        verdict = sandbox.run(asserts_job("def f(x): return x", tests))
+        assert verdict["base"] == "failed" and verdict["crashed"]
+    assert sandbox.run(asserts_job("def f(x): return 10**12", "assert [0] * f(1)"))["base"] == "failed"
+    assert sandbox.run(asserts_job("def f(x): return 1", "while f(1): pass", seconds=0.5))["base"] == "timeout"
+
+
+@needs_sandbox
 def test_timed_out_programs_run_again_alone(monkeypatch):
     jobs = [inputs_job("def f(x): return x * x + 1"), inputs_job("def f(x):\n    while True: pass")]
     verdicts = sandbox.run_all(jobs, workers=2)
