@@ -113,6 +113,7 @@ def bubblewrap(limits: Limits) -> list[str]:
             words += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
         elif os.path.isdir(f"/{name}"):
             words += ["--ro-bind", f"/{name}", f"/{name}"]
+    words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]  # where libraries are, /usr/local's too
     words += [w for f in folders for w in ("--ro-bind", f, f)]
     words += [w for f in ("null", "zero", "random", "urandom") for w in ("--dev-bind", f"/dev/{f}", f"/dev/{f}")]
     words += ["--size", str(limits.tmp_mib * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
