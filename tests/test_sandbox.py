@@ -164,6 +164,18 @@ def test_timed_out_programs_run_again_alone(monkeypatch):
 
 
 @needs_sandbox
+def test_tolerance_stays_once_a_float_was_expected():
+    """EvalPlus' quirk: lists with an integer among the floats are compared exactly before that, and with 1e-6 after."""
+    data = {
+        "program": "def f(x): return [1, 0.5 + 1e-9] if x else 0.5",
+        "reference": "def f(x): return [1, 0.5] if x else 0.5",
+        "entry_point": "f", "task": 0, "atol": 0, "least": 1.0, "factor": 1.0,
+    }  # fmt: skip
+    assert sandbox.run(Job("judge_inputs", {**data, "base": [[0], [1]]}, 3.0))["base"] == "passed"
+    assert sandbox.run(Job("judge_inputs", {**data, "base": [[1], [0]]}, 3.0))["base"] == "failed"
+
+
+@needs_sandbox
 def test_program_time_is_its_own():
     """The reference's time is not charged, and a call's limit grows with it."""
     slow = "import time\ndef f(x):\n    time.sleep(0.3)\n    return x"
