@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks import sandbox
 from tasks.sandbox import Job
-from tasks.sanitize import sanitize
+from tasks.sanitize import parse, sanitize
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
 from templates import MAGICODER
@@ -148,8 +148,8 @@ def inputs_of(row: dict) -> dict[str, Any]:
 
 def called(code: str, test: str) -> str:
     """The function of `code` that `test` calls."""
-    defined = {node.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef)}
-    return next(n.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name) and n.id in defined)
+    defined = {node.name for node in ast.walk(parse(code)) if isinstance(node, ast.FunctionDef)}
+    return next(n.id for n in ast.walk(parse(test)) if isinstance(n, ast.Name) and n.id in defined)
 
 
 MBPP_TEST, MBPP_SHOTS = range(11, 511), (2, 3, 4)

@@ -14,13 +14,12 @@ from pathlib import Path
 import hostile
 import psutil
 import pytest
+from conftest import needs_sandbox
 
 from config import UserError
 from tasks import inside, sandbox, seccomp
 from tasks.sandbox import Job, Limits
 
-WHY = sandbox.probe()
-needs_sandbox = pytest.mark.skipif(bool(WHY), reason=f"no sandbox here: {WHY}")
 ROOT = Path(__file__).parents[1]
 
 
@@ -131,8 +130,8 @@ def test_tests_that_are_code():
     setup = "n = Node(1)\nn.next = Node(2)\nassert f(n) == 2 and f(n.next) == 3 and n.x == 1\n"
     assert sandbox.run(asserts_job(reference, setup, reference))["base"] == "passed"
     assert sandbox.run(asserts_job(reference, setup + "assert n == Node(1)", reference))["base"] == "failed"
-    forged = "def helper(x): return 3\ndef f(x): return 0"
-    assert sandbox.run(asserts_job(forged, "assert helper('abc') == 3 and f(1) == 2"))["base"] == "failed"
+    forged = "def helper(x): return 99\ndef f(x): return 0"
+    assert sandbox.run(asserts_job(forged, "assert helper('abc') == 99", reference))["base"] == "failed"
     raising = "def f(x): raise ValueError('no')"
     test = "try:\n    f(1)\nexcept ValueError as e:\n    assert 'no' in str(e)\nelse:\n    assert False"
     assert sandbox.run(asserts_job(raising, test))["base"] == "passed"
@@ -196,6 +195,11 @@ def test_no_sandbox_is_refused_unless_allowed(monkeypatch, capsys):
         sandbox.check(allow_unsafe=False)
     assert sandbox.check(allow_unsafe=True) is True
     assert "can read and delete your files" in capsys.readouterr().err
+
+
+@needs_sandbox
+def test_the_probe_finds_nothing_here():
+    assert sandbox.probe() == ""
 
 
 def test_probe_names_what_is_missing(monkeypatch):
