@@ -75,8 +75,7 @@ class Examples:
 
     def left_out_text(self) -> str:
         """How many were left out, and why, for people."""
-        reasons = ", ".join(f"{number} with {reason}" for reason, number in self.left_out.items())
-        return f"{self.left_out.total()} left out" + f" ({reasons})" * bool(reasons)
+        return f"{self.left_out.total()} left out" + f" ({_listed(self.left_out)})" * bool(self.left_out)
 
     def max_token_id(self) -> int:
         return pyarrow.compute.max(pyarrow.compute.list_flatten(self.rows.data.column("input_ids"))).as_py()
@@ -173,7 +172,7 @@ def tokenise(
     reasons = np.array(encoded["reason"], dtype=object)
     kept = np.flatnonzero(reasons == "")
     if len(kept) == 0:
-        raise UserError(f"none of the {len(rows)} examples can be trained on: {_count(reasons)}")
+        raise UserError(f"none of the {len(rows)} examples can be trained on: {_listed(_count(reasons))}")
     table = encoded.select(kept) if len(kept) < len(encoded) else encoded
     lengths, trained = (
         np.array(table[column], dtype=np.int64).reshape(len(kept), -1) for column in ("lengths", "trained")
@@ -192,6 +191,10 @@ _FEATURES = Features(
         "reason": Value("string"),
     }
 )
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{number} with {reason}" for reason, number in reasons.items())
 
 
 def _count(reasons: np.ndarray) -> Counter[str]:

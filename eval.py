@@ -51,6 +51,7 @@ class Job:
     format: str  # a key of task.formats
     source: Source
     items: list[dict] | None = None
+    version: str = ""  # of the items
 
     @property
     def name(self) -> str:
@@ -110,7 +111,7 @@ def choose_tasks(config: EvalConfig) -> list[Job]:
         for task in [TASKS[n] for n in GROUPS.get(name, [name])]:
             known = config.prompt_format in task.formats
             format = config.prompt_format if known else next(iter(task.formats))
-            jobs.append(Job(task, format, Source(config.data_dir, file, config.published_subset)))
+            jobs.append(Job(task, format, Source(config.data_dir, file, config.published_subset, config.languages)))
     for job in jobs:
         if sum(other.name == job.name for other in jobs) > 1:
             raise UserError(
@@ -148,6 +149,9 @@ def load_items(job: Job, limit: int) -> list[dict]:
         raise UserError(f"task {job.task.name}: {e}") from None
     if job.source.file:
         raise UserError(f"task {job.task.name} is made of several files: give a folder of them, --data_dir")
+    job.version = job.task.versions.get(len(items), "another version, or part of it" if job.task.versions else "")
+    if 0 < limit < len(items):
+        job.version = f"the first {limit} of {job.version or len(items)}"
     return items[:limit] if limit else items
 
 
@@ -266,7 +270,7 @@ def merge(job: Job, lines: list[dict], texts: list[str], prompts: list[list[int]
 
 def describe(config: EvalConfig, job: Job, prompts: list[list[int]]) -> dict[str, Any]:
     """What an answer depends on; stored, and compared when a folder is used again."""
-    task, n = job.task, len(job.items)
+    task = job.task
     files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
     candidates = [task.candidates(item) for item in job.items] if task.candidates else []
     how = "log-probabilities" if task.candidates else "sampled" if task.temperature else "greedy"
@@ -276,9 +280,9 @@ def describe(config: EvalConfig, job: Job, prompts: list[list[int]]) -> dict[str
         "prompt_format": job.format,
         "dataset": ", ".join(job.source.read),
         "dataset_sha256": digest(job.items),
-        "dataset_version": task.versions.get(n, "part of it, or another version" if task.versions else ""),
+        "dataset_version": job.version,
         "prompts_sha256": digest([prompts, candidates, task.formats[job.format].stop]),
-        "n": n,
+        "n": len(job.items),
         "limit": config.limit,
         "published_subset": config.published_subset,
         "model": config.model,

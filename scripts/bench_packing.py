@@ -33,7 +33,7 @@ def draw(kind: str, n: int, vocabulary: int) -> Examples:
     ids = [rng.integers(0, vocabulary, length).tolist() for length in lengths]
     labels = [[-100] * (len(i) // 2) + i[len(i) // 2 :] for i in ids]
     trained = np.array([len(i) - len(i) // 2 for i in ids])
-    return Examples(Dataset.from_dict({"input_ids": ids, "labels": labels}), lengths, trained)
+    return Examples(Dataset.from_dict({"input_ids": ids, "labels": labels}), lengths[:, None], trained[:, None])
 
 
 def main() -> None:

@@ -19,11 +19,13 @@ class Source:
         folder: local copies, laid out as the README says; empty: the Hub.
         file: a file that stands for the task's items (--tasks NAME=FILE), or empty.
         published: take the subset of items that published numbers were measured on, where the protocol has one.
+        languages: of TyDiQA; none: all.
     """
 
     folder: str = ""
     file: str = ""
     published: bool = False
+    languages: list[str] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
 
     def rows(

@@ -62,7 +62,9 @@ def test_overlong_examples_are_cut_or_dropped_and_counted(tmp_path, tokenizer):
     assert cut.rows[1]["labels"][-4:] == tokenizer("abcd")["input_ids"]  # without EOS: the text goes on
     dropped = data.tokenise(rows, tokenizer, "metamath", prompt_length + 4, "drop")
     assert (len(dropped), dropped.truncated, dropped.left_out.total()) == (1, 0, 2)
-    with pytest.raises(UserError, match="none of the 3 examples has a token to train on within max_length 10"):
+    with pytest.raises(
+        UserError, match="none of the 3 examples can be trained on: 3 with no token to train on within max_length"
+    ):
         data.tokenise(rows, tokenizer, "metamath", 10)
 
 

@@ -98,16 +98,24 @@ def test_every_configurations_sources_are_asked_for(tmp_path, monkeypatch, capsy
 def test_tasks_come_into_a_cache(tmp_path, monkeypatch, capsys):
     import datasets
 
-    import eval as evaluation
-
     asked = []
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        evaluation, "load_items", lambda task, *a: asked.append((task.name, datasets.config.HF_DATASETS_CACHE))
-    )
+
+    def fetch(name, subset, split):
+        asked.append((name, subset, split, datasets.config.HF_DATASETS_CACHE))
+        if name == "EleutherAI/hendrycks_math" and subset == "geometry":
+            raise ConnectionError("cut")
+        rows = [
+            {"question": "q", "answer": "#### 1", "problem": "p", "level": "1", "type": "t", "solution": "\\boxed{1}"}
+        ]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", fetch)
     download.main([str(tmp_path / "f"), "--tasks", "gsm8k"])
-    assert asked == [("gsm8k", tmp_path / "f" / "cache")]
+    assert asked == [("openai/gsm8k", "main", "test", tmp_path / "f" / "cache")]
+    with pytest.raises(UserError, match=r"^task hendrycks_math: dataset EleutherAI/hendrycks_math, split test: .*cut"):
+        download.main([str(tmp_path / "f"), "--tasks", "math"])
     assert f"HF_HUB_OFFLINE=1 HF_DATASETS_CACHE={tmp_path}/f/cache" in capsys.readouterr().out
 
 

@@ -230,9 +230,10 @@ def test_what_wants_packing(monkeypatch):
         config(**flash, **FP32)
     # one row a forward pass, where the kernel knows its parts; else rows of max_length
     lengths = torch.arange(10, 42).numpy()
-    (dealt,) = plan.deal(config(micro_batch_tokens=512, **flash), lengths, lengths - 10, True, 1)
+    some = data.Examples(None, lengths[:, None], lengths[:, None])
+    (dealt,) = plan.deal(config(micro_batch_tokens=512, **flash), some, lengths - 10, True, 1)
     assert all(len(batch) == 1 for batch in dealt) and len(dealt) == 2
-    (dealt,) = plan.deal(config(micro_batch_tokens=512, max_length=82), lengths, lengths - 10, True, 1)
+    (dealt,) = plan.deal(config(micro_batch_tokens=512, max_length=82), some, lengths - 10, True, 1)
     assert 75 < max(sum(lengths[row]) for batch in dealt for row in batch) <= 82 and max(map(len, dealt)) > 3
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="attention flash_attention_2: pip install flash-attn, or use sdpa"):

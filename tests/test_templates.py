@@ -207,7 +207,7 @@ def test_the_first_example_is_shown_at_the_start(tmp_path, train_args, capsys):
     path = write_rows(tmp_path / "r.jsonl", rows)
     train.main(train_args(tmp_path / "run", "--dataset", str(path), "--template", "tulu", "--max_steps", "1"))
     said = capsys.readouterr().out
-    assert "20 examples (0 cut to max_length 512, 0 left out, 1 with an empty message left out, 0 held out)" in said
+    assert "20 examples (0 cut to max_length 512, 1 left out (1 with an empty message), 0 held out)" in said
     # 9 of the header <|user|>, 11, 14 of <|assistant|>; "It is 0." is 8 and EOS
     assert "\nexample 0 of 20: 43 tokens, 9 of them trained\n  not trained    34 tokens [" in said
     assert r" '<|user|>\nWhat is 0?\n<|assistant|>\n'" in said

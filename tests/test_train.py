@@ -358,9 +358,9 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypa
     whole = train.backward
     calls = []
 
-    def sometimes_nan(model, batches, accelerator):
+    def sometimes_nan(model, *args):
         calls.append(1)
-        loss = whole(model, batches, accelerator)
+        loss = whole(model, *args)
         if len(calls) == 3:
             next(model.parameters()).grad[0, 0] = math.nan
         return loss
@@ -378,9 +378,9 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypa
 def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, train_args, monkeypatch):
     whole, calls = train.backward, []
 
-    def nan_from_the_fifth(model, batches, accelerator):
+    def nan_from_the_fifth(model, *args):
         calls.append(1)
-        loss = whole(model, batches, accelerator)
+        loss = whole(model, *args)
         if len(calls) >= 5:
             next(model.parameters()).grad[0, 0] = math.nan
         return loss
@@ -522,6 +522,9 @@ SHOWN_BY = {
     "dataset_split": "test_data.py: test_hub_datasets_are_asked_for_by_id_and_split",
     "per_device_batch_size": "test_gradients_of_any_split_agree_in_fp32",
     "micro_batch_tokens": "test_gradients_of_any_split_agree_in_fp32",
+    "objective": "test_dpo.py",
+    "beta": "test_dpo.py: test_keys_of_dpo_change_the_training",
+    "length_normalised": "test_dpo.py: test_keys_of_dpo_change_the_training",
     "packing": "test_losses.py: test_packing_is_chosen_refused_or_left",
     "loss_chunk": "test_losses.py: test_keys_reach_the_model",
     "attention": "test_losses.py: test_keys_reach_the_model",
