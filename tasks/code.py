@@ -93,7 +93,14 @@ HUMANEVAL_COLUMNS = ("task_id", "prompt", "canonical_solution", "entry_point", "
 
 def load_humaneval(source: Source) -> list[dict]:
     rows = source.rows(*HUMANEVAL_FILE, HUMANEVAL_COLUMNS)
-    return [{column: row[column] for column in HUMANEVAL_COLUMNS} for row in rows]
+    items = [{column: row[column] for column in HUMANEVAL_COLUMNS} for row in rows]
+    return source.checked(items, lambda item: check_reference(item["prompt"] + item["canonical_solution"]))
+
+
+def check_reference(code: str) -> None:
+    """Raise ValueError for a reference solution that is no Python."""
+    if parse(code) is None:
+        raise ValueError(f"the reference solution is no Python: {code[-60:]!r}")
 
 
 def load_humaneval_plus(source: Source) -> list[dict]:
@@ -106,6 +113,7 @@ def load_humaneval_plus(source: Source) -> list[dict]:
         }
         for row in rows
     ]
+    source.checked(items, lambda item: check_reference(item["_reference"]))
     if "base_input" in rows[0]:
         return [{**item, **inputs_of(row)} for item, row in zip(items, rows, strict=True)]
     source.read.append(HUB_TESTS)
@@ -120,7 +128,7 @@ def load_mbpp_plus(source: Source) -> list[dict]:
     """EvalPlus' file, or the Hub's, which has no inputs: then its test column judges, and its asserts for base."""
     rows = source.rows(*MBPPPLUS_FILE, ("task_id", "prompt"))
     if "base_input" in rows[0]:
-        return [
+        items = [
             {
                 **{column: row[column] for column in ("task_id", "prompt", "entry_point")},
                 "_reference": row["prompt"] + row["canonical_solution"],
@@ -128,6 +136,8 @@ def load_mbpp_plus(source: Source) -> list[dict]:
             }
             for row in rows
         ]
+        return source.checked(items, lambda item: check_reference(item["_reference"]))
+    source.checked(rows, lambda row: called(row["code"], row["test_list"][0]))
     source.read.append(HUB_TESTS)
     return [
         {
@@ -147,9 +157,14 @@ def inputs_of(row: dict) -> dict[str, Any]:
 
 
 def called(code: str, test: str) -> str:
-    """The function of `code` that `test` calls."""
+    """The function of `code` that `test` calls. Raises ValueError where there is none."""
+    check_reference(code)
+    check_reference(test)
     defined = {node.name for node in ast.walk(parse(code)) if isinstance(node, ast.FunctionDef)}
-    return next(n.id for n in ast.walk(parse(test)) if isinstance(n, ast.Name) and n.id in defined)
+    found = [n.id for n in ast.walk(parse(test)) if isinstance(n, ast.Name) and n.id in defined]
+    if not found:
+        raise ValueError(f"the test calls no function of the reference solution: {test[:60]!r}")
+    return found[0]
 
 
 MBPP_TEST, MBPP_SHOTS = range(11, 511), (2, 3, 4)
@@ -167,6 +182,7 @@ def load_mbpp(source: Source) -> list[dict]:
     ]
     before = "".join(f"{mbpp_question(row)}{row['code']}\n[DONE]\n\n" for row in shots)
     items = [{column: row[column] for column in MBPP_COLUMNS} for row in rows if row["task_id"] in MBPP_TEST]
+    source.checked(items, lambda item: called(item["code"], item["test_list"][0]))
     return [{**item, "_shots": before} for item in items]
 
 

@@ -419,6 +419,25 @@ def test_eval_from_the_model_to_the_scores(folder, tmp_path, monkeypatch):
     assert again["humaneval_plus.evalplus"]["score"] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        (
+            "humaneval",
+            {**HUMANEVAL_ROW, "canonical_solution": "    return ("},
+            "item 1: the reference solution is no Pyt",
+        ),
+        ("humaneval", {**HUMANEVAL_ROW, "test": None}, "item 1: no column 'test'"),
+        ("humaneval_plus", {**HUMANEVAL_PLUS_ROW, "prompt": "def ("}, "item 1: the reference solution is no Python"),
+        ("mbpp", {**mbpp_row(11), "test_list": ["assert g(1) == 2"]}, "item 1: the test calls no function"),
+        ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "code": "swap = 1"}, "item 1: the test calls no function"),
+    ],
+)
+def test_bad_rows_are_named(folder, tmp_path, name, row, message):
+    with pytest.raises(evaluation.UserError, match=message):
+        load(name, folder, write_rows(tmp_path / "rows.jsonl", [row]))
+
+
 def test_eval_without_a_sandbox_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "probe", lambda: "there is no bwrap")
     words = ["--tasks", "humaneval", "--data_dir", str(folder), "--output_dir", str(tmp_path / "out"), "--model", "x/y"]
