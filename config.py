@@ -239,9 +239,10 @@ class EvalConfig:
     published_subset: bool = key(
         False, "score the subsets that published numbers were measured on, where there are any"
     )
+    languages: list[str] = key([], "languages of TyDiQA, in English: 'english finnish'; none named: all nine")
     prompt_format: str = key("", "how prompts are written: base, tulu, chat, ...; empty: each task's own; README")
     seed: int = key(0, "of sampled completions (greedy ones have no use for it)")
-    batch_size: int = key(64, "prompts per generated batch; the unit of dealing to processes and of resuming")
+    batch_size: int = key(64, "prompts generated at a time; blocks of 4 batches are dealt to processes and resumed")
     dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "dtype of the weights; on a CPU use float32")
     workers: int = key(0, "processes that judge answers at the same time; 0: one per physical core")
     allow_unsafe_code: bool = key(False, "run the model's programs although no sandbox works on this machine")
@@ -256,7 +257,7 @@ class EvalConfig:
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.score_only:  # what only matters when something is generated
-            for name in ("model", "tokenizer", "limit", "published_subset", "seed", "overwrite"):
+            for name in ("model", "tokenizer", "limit", "published_subset", "languages", "seed", "overwrite"):
                 if getattr(self, name):
                     raise UserError(f"score_only scores what is in output_dir: {name} has no meaning with it")
             if files := [word for word in self.tasks if "=" in word]:

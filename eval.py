@@ -3,16 +3,14 @@
     accelerate launch eval.py --model outputs/x/final --tasks gsm8k --output_dir outputs/x/eval
 
 `python eval.py --help` lists all keys. The same call again goes on where the last one was cut; `--score_only` scores
-stored answers again, without a model. The unit of answering, of dealing to processes and of resuming is the batch: one
+stored answers again, without a model. The unit of dealing to processes and of resuming is a block of a few batches: one
 sort over all rows and the batch size fix it, so that answers do not depend on the number of processes.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import shutil
-import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -31,15 +29,18 @@ from transformers.utils import logging as transformers_logging
 
 import generation
 import run_folder
+import scores
 from config import EvalConfig, UserError, nearest, parse, run_main
 from generation import Decoding, Scored
 from hub import from_pretrained, is_local
+from scores import read_lines, write_lines
 from tasks import GROUPS, TASKS
 from tasks.source import Source
 from tasks.task import Options, Task, render
 from templates import encode_prompts
 
 SCORES, SETTINGS = "scores.json", "settings.json"
+BATCHES_PER_BLOCK = 4  # a row that has ended gives its place to another row of its block
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Job:
     format: str  # a key of task.formats
     source: Source
     items: list[dict] | None = None
+    version: str = ""  # of the items
 
     @property
     def name(self) -> str:
@@ -78,10 +80,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 answer_all(config, folder, jobs, accelerator)
             if not accelerator.is_main_process:
                 return {}
-            scores = {job.name: score(config, folder, job, options) for job in jobs}
-            run_folder.write_json(folder / SCORES, {**old_scores, **scores})
-            print_table(scores)
-            return scores
+            new_scores = {job.name: judge(folder, job, options) for job in jobs}
+            run_folder.write_json(folder / SCORES, {**old_scores, **new_scores})
+            scores.print_table(new_scores)
+            return new_scores
     finally:
         if accelerator.num_processes == 1:  # as in train.py: the next call in this process starts afresh
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -109,7 +111,7 @@ def choose_tasks(config: EvalConfig) -> list[Job]:
         for task in [TASKS[n] for n in GROUPS.get(name, [name])]:
             known = config.prompt_format in task.formats
             format = config.prompt_format if known else next(iter(task.formats))
-            jobs.append(Job(task, format, Source(config.data_dir, file, config.published_subset)))
+            jobs.append(Job(task, format, Source(config.data_dir, file, config.published_subset, config.languages)))
     for job in jobs:
         if sum(other.name == job.name for other in jobs) > 1:
             raise UserError(
@@ -147,6 +149,9 @@ def load_items(job: Job, limit: int) -> list[dict]:
         raise UserError(f"task {job.task.name}: {e}") from None
     if job.source.file:
         raise UserError(f"task {job.task.name} is made of several files: give a folder of them, --data_dir")
+    job.version = job.task.versions.get(len(items), "another version, or part of it" if job.task.versions else "")
+    if 0 < limit < len(items):
+        job.version = f"the first {limit} of {job.version or len(items)}"
     return items[:limit] if limit else items
 
 
@@ -183,18 +188,19 @@ def answer_all(config: EvalConfig, folder: Path, jobs: list[Job], accelerator: A
         parts = folder / f"{job.name}.parts"
         rows = rows_of(job, texts[job.name], prompts[job.name], tokenizer)
         rows.sort(key=lambda r: (-len(r.ids), r.item, r.part))  # longest first: memory fails early
-        batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
-        mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
+        size = config.batch_size if job.task.candidates else config.batch_size * BATCHES_PER_BLOCK
+        blocks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
         todo = [b for b in mine if not (parts / f"{b:06d}.jsonl").exists()]
         if todo and model is None:
             model = generation.load_model(config, tokenizer, accelerator.device)
-        for b in tqdm(todo, desc=job.name, unit="batch", disable=not accelerator.is_local_main_process):
-            answers = answer(model, job, batches[b], config.seed)
-            lines = [{"id": r.item, "part": r.part, **a} for r, a in zip(batches[b], answers, strict=True)]
+        for b in tqdm(todo, desc=job.name, unit="block", disable=not accelerator.is_local_main_process):
+            answers = answer(model, job, blocks[b], config)
+            lines = [{"id": r.item, "part": r.part, **a} for r, a in zip(blocks[b], answers, strict=True)]
             write_lines(parts / f"{b:06d}.jsonl", lines)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            lines = [line for b in range(len(batches)) for line in read_lines(parts / f"{b:06d}.jsonl")]
+            lines = [line for b in range(len(blocks)) for line in read_lines(parts / f"{b:06d}.jsonl")]
             write_lines(folder / f"{job.name}.jsonl", merge(job, lines, texts[job.name], prompts[job.name]))
             shutil.rmtree(parts)
         accelerator.wait_for_everyone()
@@ -230,15 +236,15 @@ def rows_of(job: Job, texts: list[str], prompts: list[list[int]], tokenizer: Pre
     return rows
 
 
-def answer(model: generation.Model, job: Job, rows: list[Row], seed: int) -> list[dict[str, Any]]:
-    """What the model says to each row of a batch."""
+def answer(model: generation.Model, job: Job, rows: list[Row], config: EvalConfig) -> list[dict[str, Any]]:
+    """What the model says to each row of a block."""
     task = job.task
     if task.candidates:
         scores = generation.logprobs(model, [Scored(r.ids, r.start, r.choices) for r in rows])
         return [{"logprobs": s} for s in scores]
     decoding = Decoding(task.max_new_tokens, task.formats[job.format].stop, task.temperature, task.top_p)
-    seeds = [f"{seed} {task.name} {r.item} {r.part}" for r in rows]
-    return generation.generate(model, [r.ids for r in rows], decoding, seeds)
+    seeds = [f"{config.seed} {task.name} {r.item} {r.part}" for r in rows]
+    return generation.generate(model, [r.ids for r in rows], decoding, seeds, config.batch_size)
 
 
 def merge(job: Job, lines: list[dict], texts: list[str], prompts: list[list[int]]) -> list[dict]:
@@ -264,7 +270,7 @@ def merge(job: Job, lines: list[dict], texts: list[str], prompts: list[list[int]
 
 def describe(config: EvalConfig, job: Job, prompts: list[list[int]]) -> dict[str, Any]:
     """What an answer depends on; stored, and compared when a folder is used again."""
-    task, n = job.task, len(job.items)
+    task = job.task
     files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
     candidates = [task.candidates(item) for item in job.items] if task.candidates else []
     how = "log-probabilities" if task.candidates else "sampled" if task.temperature else "greedy"
@@ -274,9 +280,9 @@ def describe(config: EvalConfig, job: Job, prompts: list[list[int]]) -> dict[str
         "prompt_format": job.format,
         "dataset": ", ".join(job.source.read),
         "dataset_sha256": digest(job.items),
-        "dataset_version": task.versions.get(n, "part of it, or another version" if task.versions else ""),
+        "dataset_version": job.version,
         "prompts_sha256": digest([prompts, candidates, task.formats[job.format].stop]),
-        "n": n,
+        "n": len(job.items),
         "limit": config.limit,
         "published_subset": config.published_subset,
         "model": config.model,
@@ -326,90 +332,19 @@ def compare_settings(config: EvalConfig, folder: Path, settings: dict[str, dict]
     return done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def score(config: EvalConfig, folder: Path, job: Job, options: Options) -> dict[str, Any]:
-    """Judge the stored answers of a job and write the verdicts beside them; returns its entry of scores.json."""
-    task, path = job.task, folder / f"{job.name}.jsonl"
-    lines = read_lines(path)
-    settings = run_folder.read_json(folder / SETTINGS).get(job.name, {"task": task.name, "protocol": task.protocol})
-    items = [line["item"] for line in lines]
-    if task.judge_needs_data:
-        job.source.published = settings.get("published_subset", False)
-        items = job.items if job.items is not None else load_items(job, settings.get("limit", 0))
-        if digest(items) != settings.get("dataset_sha256"):
-            raise UserError(f"task {task.name}: the items in {job.source.read} are not those of the stored answers")
-    verdicts = task.judge(items, [{**line, "format": job.format} for line in lines], options)
-    for line, verdict in zip(lines, verdicts, strict=True):
-        line.update(verdict)
-        if too_long(line):
-            line.update(dict.fromkeys(task.metrics, 0))
-    write_lines(path, lines)
-    groups = [task.group(item) for item in items] if task.group else [""] * len(items)
-    metrics = {m: mean_of([float(line[m]) for line in lines], groups, task.macro) for m in task.metrics}
-    return {
-        **settings,
-        **metrics[task.metrics[0]],
-        "n": len(lines),
-        "metrics": metrics,
-        "nothing_extracted": sum(line.get("extracted", "") is None for line in lines),
-        "timeouts": sum(line.get("timeouts", 0) for line in lines),
-        "cut_at_length": sum(why == "length" for line in lines for why in line.get("finish", [])),
-        "prompt_too_long": sum(map(too_long, lines)),
-        **run_folder.environment(),
-    }
-
-
-def too_long(line: dict[str, Any]) -> bool:
-    """Whether an item's prompt left no room in the context; it counts as wrong."""
-    return line.get("logprobs", 0) is None or "too_long" in line.get("finish", [])
-
-
-def mean_of(values: list[float], groups: list[str], macro: bool) -> dict[str, Any]:
-    """Score and standard error of the mean: over items, or (macro) the unweighted mean over groups."""
-    parts = defaultdict(list)
-    for value, group in zip(values, groups, strict=True):
-        parts[group].append(value)
-    by_group = {g: {"score": statistics.fmean(v), "n": len(v)} for g, v in sorted(parts.items())} if any(groups) else {}
-    units = list(parts.values()) if macro else [values]
-    variances = [statistics.variance(v) / len(v) if len(v) > 1 else math.nan for v in units]
-    error = math.sqrt(sum(variances)) / len(units)
-    out = {
-        "score": statistics.fmean(map(statistics.fmean, units)),
-        "standard_error": None if math.isnan(error) else error,
-    }
-    return {**out, "groups": by_group} if by_group else out
-
-
-def print_table(scores: dict[str, dict[str, Any]]) -> None:
-    """A line per metric: the first of a task is its score."""
-    print(
-        f"{'task':16} {'protocol':14} {'format':9} {'metric':12} {'n':>6} {'score':>8} {'± s.e.':>7} {'no answer':>9} "
-        f"{'cut':>6} {'timeouts':>8}"
-    )
-    for s in scores.values():
-        for metric, value in s["metrics"].items():
-            error = "" if value["standard_error"] is None else f"{value['standard_error']:.2%}"
-            print(
-                f"{s['task']:16} {s['protocol']:14} {s.get('prompt_format', ''):9} {metric:12} {s['n']:6d} "
-                f"{value['score']:8.2%} {error:>7} {s['nothing_extracted']:9d} {s['cut_at_length']:6d} "
-                f"{s['timeouts']:8d}"
-            )
-
-
-def write_lines(path: Path, lines: list[dict]) -> None:
-    """Write a JSON-lines file so that it is either the old or the new one."""
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    aside.replace(path)
-
-
-def read_lines(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+def judge(folder: Path, job: Job, options: Options) -> dict[str, Any]:
+    """The entry of scores.json of a job whose answers are stored."""
+    settings = run_folder.read_json(folder / SETTINGS).get(job.name)
+    if settings is None:
+        raise UserError(f"{folder / SETTINGS} has no entry {job.name}: the answers were made in another folder")
+    if job.task.judge_needs_data and job.items is None:
+        job.source.published = settings["published_subset"]
+        job.items = load_items(job, settings["limit"])
+        if digest(job.items) != settings["dataset_sha256"]:
+            where = ", ".join(job.source.read)
+            raise UserError(f"task {job.task.name}: the items in {where} are not those of the stored answers")
+    items = job.items if job.task.judge_needs_data else None
+    return {**settings, **scores.score(folder / f"{job.name}.jsonl", job.task, job.format, items, options)}
 
 
 if __name__ == "__main__":

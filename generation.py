@@ -3,11 +3,11 @@
 import hashlib
 import math
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
 from config import EvalConfig, UserError
@@ -67,74 +67,108 @@ def load_model(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, device: t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def generate(model: Model, prompts: list[list[int]], decoding: Decoding, seeds: list[str]) -> list[dict[str, Any]]:
-    """Completions of one batch. A sampled one depends on its seed, not on its batch.
+def generate(
+    model: Model, prompts: list[list[int]], decoding: Decoding, seeds: list[str], batch_size: int
+) -> list[dict[str, Any]]:
+    """Completions of prompts, `batch_size` at a time. A sampled one depends on its seed, not on the others.
 
     Args:
-        prompts: token ids, longest first.
+        prompts: token ids, best of falling length.
         seeds: one per prompt, any text.
     Returns:
         a dict per prompt: completion (cut before the first stop string), tokens (generated, up to the end of sequence),
         finish: `eos`, `stop` (a stop string), `length` (max_new_tokens or the context), or `too_long`: the prompt
         leaves no room in the context, and the completion is empty.
     """
-    room = [int(min(decoding.max_new_tokens, model.context - len(p))) for p in prompts]
-    done: list[dict[str, Any]] = []
-    # Prompts with the same room for an answer go together, so that a long one does not cut the answers of the others.
-    for most, group in groupby(zip(room, prompts, seeds, strict=True), key=lambda row: row[0]):
-        _, group_prompts, group_seeds = zip(*group, strict=True)
-        if most <= 0:
-            done += [{"completion": "", "tokens": 0, "finish": "too_long"} for _ in group_prompts]
-            continue
-        rows = continue_rows(model, list(group_prompts), most, decoding, list(group_seeds))
-        done += [finish(model, p, new, decoding.stop) for p, new in zip(group_prompts, rows, strict=True)]
-    return done
+    rows = continue_rows(model, prompts, decoding, seeds, batch_size)
+    return [
+        {"completion": "", "tokens": 0, "finish": "too_long"} if new is None else finish(model, p, new, decoding.stop)
+        for p, new in zip(prompts, rows, strict=True)
+    ]
+
+
+@dataclass
+class Batch:
+    """Prompts and what they have been continued with, padded on the left."""
+
+    rows: list[int]  # which prompt each row belongs to
+    input_ids: Tensor  # (rows, new) int64: tokens whose keys and values are not in the cache yet
+    mask: Tensor  # (rows, columns) int64: 0 on padding
+    cache: DynamicCache
 
 
 @torch.inference_mode()
 def continue_rows(
-    model: Model, prompts: list[list[int]], most: int, decoding: Decoding, seeds: list[str]
-) -> list[list[int]]:
-    """The tokens that follow each prompt: up to an end of sequence, soon after a stop string, or `most`.
+    model: Model, prompts: list[list[int]], decoding: Decoding, seeds: list[str], batch_size: int
+) -> list[list[int] | None]:
+    """The tokens that follow each prompt: up to an end of sequence, soon after a stop string, or max_new_tokens.
 
-    Rows are padded on the left. One that has ended leaves the batch, so that the others' steps cost less.
+    A row that has ended leaves the batch; when a quarter of the places is free, waiting prompts take them. None: the
+    prompt leaves no room in the context.
     """
-    input_ids, mask = pad_left(model, prompts)
+    most = [min(decoding.max_new_tokens, model.context - len(p)) for p in prompts]
+    new: list[list[int] | None] = [[] if room > 0 else None for room in most]
     generators = [torch.Generator().manual_seed(_seed(s)) for s in seeds] if decoding.temperature else []
-    cache = DynamicCache()
-    new: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
-    while rows:
+
+    def goes_on(r: int) -> bool:
+        looks = decoding.stop and len(new[r]) % LOOK_EVERY == 0
+        ended = new[r][-1] in model.ends or len(new[r]) >= most[r]
+        return not ended and not (looks and _stopped(model, new[r], decoding))
+
+    def step(batch: Batch) -> None:
+        """One more token for each row; rows that have ended are gone."""
         logits = model.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions(mask)[:, -input_ids.shape[1] :],
-            past_key_values=cache,
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask,
+            position_ids=positions(batch.mask)[:, -batch.input_ids.shape[1] :],
+            past_key_values=batch.cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens = choose(logits, decoding, [generators[r] for r in rows] if generators else [])
-        keep = []
-        looks = (len(new[rows[0]]) + 1) % LOOK_EVERY == 0 and bool(decoding.stop)  # all rows are of one age
-        for i, (r, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        tokens = choose(logits, decoding, [generators[r] for r in batch.rows] if generators else [])
+        for r, token in zip(batch.rows, tokens.tolist(), strict=True):
             new[r].append(token)
-            if token not in model.ends and len(new[r]) < most and not (looks and _stopped(model, new[r], decoding)):
-                keep.append(i)
-        input_ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        if len(keep) < len(rows):
-            rows = [rows[i] for i in keep]
-            kept = torch.tensor(keep, dtype=torch.long, device=mask.device)
-            input_ids, mask = input_ids[kept], mask[kept]
-            padding = int(mask.argmax(-1).min()) if rows else 0  # columns that are padding in all rows
-            narrow(cache, kept, padding)
-            mask = mask[:, padding:]
+        batch.input_ids = tokens[:, None]
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
+        keep = [i for i, r in enumerate(batch.rows) if goes_on(r)]
+        if len(keep) < len(batch.rows):
+            narrow(batch, keep)
+
+    waiting = [r for r, row in enumerate(new) if row is not None]
+    running = None
+    while waiting or running:
+        free = batch_size - len(running.rows) if running else batch_size
+        if waiting and free >= math.ceil(batch_size / 4):
+            fresh, waiting = waiting[:free], waiting[free:]
+            batch = Batch(fresh, *pad_left(model, [prompts[r] for r in fresh]), DynamicCache())
+            step(batch)
+            running = join(running, batch) if running and batch.rows else running or batch
+        else:
+            step(running)
+        if not running.rows:
+            running = None
     return new
 
 
-def narrow(cache: DynamicCache, rows: Tensor, padding: int) -> None:
-    """Keep these rows of a cache, and drop its first columns, which are padding in all of them."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[rows, :, padding:], layer.values[rows, :, padding:]
+def narrow(batch: Batch, keep: list[int]) -> None:
+    """Keep these rows of a batch, and drop its first columns if they are padding in all of them."""
+    kept = torch.tensor(keep, dtype=torch.long, device=batch.mask.device)
+    batch.rows, batch.input_ids, batch.mask = [batch.rows[i] for i in keep], batch.input_ids[kept], batch.mask[kept]
+    padding = int(batch.mask.argmax(-1).min()) if keep else 0
+    batch.mask = batch.mask[:, padding:]
+    for layer in batch.cache.layers:
+        layer.keys, layer.values = layer.keys[kept, :, padding:], layer.values[kept, :, padding:]
+
+
+def join(a: Batch, b: Batch) -> Batch:
+    """One batch of the rows of two, the narrower one padded on the left."""
+    width = max(a.mask.shape[1], b.mask.shape[1])
+    mask = torch.cat([pad(x.mask, (width - x.mask.shape[1], 0)) for x in (a, b)])
+    for mine, other in zip(a.cache.layers, b.cache.layers, strict=True):
+        for name in ("keys", "values"):  # (rows, heads, columns, size); the last token's are not there yet
+            both = [getattr(layer, name) for layer in (mine, other)]
+            setattr(mine, name, torch.cat([pad(x, (0, 0, width - 1 - x.shape[2], 0)) for x in both]))
+    return Batch(a.rows + b.rows, torch.cat([a.input_ids, b.input_ids]), mask, a.cache)
 
 
 def choose(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]) -> Tensor:
@@ -145,7 +179,7 @@ def choose(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]
     """
     if not decoding.temperature:
         return logits.argmax(-1)
-    p, order = torch.softmax(logits.double() / decoding.temperature, -1).sort(-1, descending=True, stable=True)
+    p, order = torch.softmax(logits.double() / decoding.temperature, -1).sort(dim=-1, descending=True, stable=True)
     before = p.cumsum(-1) - p
     p = p.masked_fill(before >= decoding.top_p, 0.0)
     drawn = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(p.device)

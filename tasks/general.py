@@ -12,12 +12,12 @@ import random
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError
+from config import UserError, nearest
 from tasks.math_rules import exact_match
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Options, Task, each, render
@@ -129,9 +129,9 @@ def load_bbh(source: Source) -> list[dict]:
     """
     sampler, items = random.Random(42), []
     for task in BBH_TASKS:
-        rows = source.json(f"bbh/bbh/{task}.json", ("SaylorTwift/bbh", task, "test"), "examples", ("input", "target"))
         prompt = source.local(f"bbh/cot-prompts/{task}.txt", f"{BBH_ORIGIN}, cot-prompts/").read_text(encoding="utf-8")
         prompt = "".join(prompt.splitlines(keepends=True)[2:])  # after the canary and a rule
+        rows = source.json(f"bbh/bbh/{task}.json", ("SaylorTwift/bbh", task, "test"), "examples", ("input", "target"))
         rows = sampler.sample(rows, 40) if source.published else rows
         items += [{"task": task, "input": r["input"], "target": r["target"], "_examples": prompt} for r in rows]
     return items
@@ -188,8 +188,12 @@ BBH, BBH_DIRECT = bbh("bbh", lambda examples: examples), bbh("bbh_direct", witho
 # ---------------------------------------------------------------------------------------------------------------------
 
 TYDIQA_WORDS = json.loads((HERE / "tydiqa.json").read_text(encoding="utf-8"))
-# Training questions of each language, of which the example is drawn: the numbers, not the files of the others, decide
-# which one it is.
+# Questions of each language in the two parts, of which the published subset and the example are drawn: these numbers,
+# not the files of the others, decide which ones they are.
+TYDIQA_DEV = {
+    "arabic": 921, "bengali": 113, "english": 440, "finnish": 782, "indonesian": 565, "korean": 276, "russian": 812,
+    "swahili": 499, "telugu": 669,
+}  # fmt: skip
 TYDIQA_TRAIN = {
     "arabic": 14805, "bengali": 2390, "english": 3696, "finnish": 6855, "indonesian": 5702, "korean": 1625,
     "russian": 6490, "swahili": 2755, "telugu": 5563,
@@ -199,52 +203,57 @@ PASSAGE_TOKENS = 512
 
 
 def load_tydiqa(source: Source) -> list[dict]:
-    """The questions of nine languages, or 100 of each, and an example of each language from its training part.
+    """The questions of nine languages (or some), or 100 of each, and an example of each from its training part.
 
     The original draws with one generator: first the published 100 of each language, then the examples.
     """
-    sampler = random.Random(42)
-    dev = squad_rows(source, "dev", "validation")
-    items = []
-    for language in sorted(TYDIQA_WORDS):
-        rows = [row for row in dev if row["language"] == language]
-        items += sampler.sample(rows, 100) if source.published and len(rows) > 100 else rows
-    train = squad_rows(source, "train", "train") if not source.folder else None
+    wanted = source.languages or sorted(TYDIQA_WORDS)
+    for word in wanted:
+        if word not in TYDIQA_WORDS:
+            raise UserError(f"languages: unknown word {word!r}{nearest(word, TYDIQA_WORDS)}")
+    dev, train = squad_rows(source, "dev", "validation", wanted), squad_rows(source, "train", "train", wanted)
+    sampler, items = random.Random(42), []
+    for language, n in TYDIQA_DEV.items():
+        drawn = sampler.sample(range(n), 100) if source.published else range(len(dev[language]))
+        if language in wanted:
+            _check_count(language, "validation", len(dev[language]), n if source.published else None)
+            items += [dev[language][i] for i in drawn]
     examples = {}
     for language, n in TYDIQA_TRAIN.items():
-        (place,) = sampler.sample(range(n), 1)
-        if language not in {item["language"] for item in items}:
-            continue
-        rows = squad_rows(source, "train", "train", language) if train is None else train
-        rows = [row for row in rows if row["language"] == language]
-        if len(rows) != n:
-            raise UserError(f"TyDiQA's training part has {n} questions in {language}, got {len(rows)}")
-        examples[language] = rows[place]
+        (drawn,) = sampler.sample(range(n), 1)
+        if language in wanted:
+            _check_count(language, "training", len(train[language]), n)
+            examples[language] = train[language][drawn]
     return [{**item, "_example": examples[item["language"]]} for item in items]
 
 
-def squad_rows(source: Source, part: str, split: str, language: str = "") -> list[dict]:
-    """id, language, context, question, answers (texts) of one language's or all local files, or of the Hub's split."""
+def _check_count(language: str, part: str, got: int, expected: int | None) -> None:
+    if expected is not None and got != expected:
+        raise UserError(f"TyDiQA's {part} part has {expected} questions in {language}, got {got}")
+
+
+def squad_rows(source: Source, part: str, split: str, languages: Iterable[str]) -> dict[str, list[dict]]:
+    """Rows of each language, in the order of the file: id, language, context, question, answers (texts)."""
+    found: dict[str, list[dict]] = {language: [] for language in TYDIQA_WORDS}
+
+    def add(row: dict, context: str, answers: list[str]) -> None:
+        language = row["id"].split("-")[0]
+        kept = {"id": row["id"], "language": language, "context": context, "question": row["question"]}
+        found[language].append(kept | {"answers": answers})
+
     if not source.folder:
-        rows = source.rows("", (TYDIQA_HUB, "secondary_task", split))
-        return [
-            {"id": r["id"], "language": r["id"].split("-")[0], "context": r["context"], "question": r["question"]}
-            | {"answers": r["answers"]["text"]}
-            for r in rows
-        ]
-    rows = []
-    for word in [language] if language else sorted(TYDIQA_WORDS):
-        path = source.local(f"tydiqa_goldp/{word}_{part}.json.gz", f"{TYDIQA_HUB}, secondary_task, {split}")
+        for row in source.rows("", (TYDIQA_HUB, "secondary_task", split)):
+            add(row, row["context"], row["answers"]["text"])
+        return found
+    for language in languages:
+        origin = f"{TYDIQA_HUB}, secondary_task, {split}; without it: --languages of those that are there"
+        path = source.local(f"tydiqa_goldp/{language}_{part}.json.gz", origin)
         with gzip.open(path, "rt", encoding="utf-8") as f:
             articles = json.load(f)["data"]
-        rows += [
-            {"id": qa["id"], "language": word, "context": paragraph["context"], "question": qa["question"]}
-            | {"answers": [answer["text"] for answer in qa["answers"]]}
-            for article in articles
-            for paragraph in article["paragraphs"]
-            for qa in paragraph["qas"]
-        ]
-    return rows
+        for paragraph in (p for article in articles for p in article["paragraphs"]):
+            for qa in paragraph["qas"]:
+                add(qa, paragraph["context"], [answer["text"] for answer in qa["answers"]])
+    return found
 
 
 def shorten(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -19,11 +19,13 @@ class Source:
         folder: local copies, laid out as the README says; empty: the Hub.
         file: a file that stands for the task's items (--tasks NAME=FILE), or empty.
         published: take the subset of items that published numbers were measured on, where the protocol has one.
+        languages: of TyDiQA; none: all.
     """
 
     folder: str = ""
     file: str = ""
     published: bool = False
+    languages: list[str] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
 
     def rows(
@@ -56,9 +58,10 @@ class Source:
         return rows
 
     def json(self, path: str, hub: tuple[str, str | None, str], key: str, columns: tuple[str, ...]) -> list[dict]:
-        """The rows under `key` of a local JSON file, or those of the Hub."""
-        if not self.folder:
-            return self.rows("", hub, columns)
+        """The rows under `key` of a local JSON file, or, where there is none, those of the Hub."""
+        if not self.folder or not (Path(self.folder) / path).exists():
+            self.read.append(":".join(filter(None, hub)))
+            return _from_hub(*hub)
         found = self.local(path, hub[0])
         try:
             rows = json.loads(found.read_text(encoding="utf-8"))[key]

@@ -147,16 +147,3 @@ def test_bad_input_under_torchrun_ends_all_processes(tmp_path, train_args):
     bad_row = write_rows(tmp_path / "rows.jsonl", [{"query": "q"}])
     done = run(2, train_args(tmp_path / "run", "--dataset", str(bad_row)))
     assert done.returncode != 0 and "line 1: no column 'response'" in done.stderr
-
-
-def test_answers_do_not_depend_on_the_number_of_processes(tmp_path, model_dir):
-    items = [{"question": f"What is {i}{'?' * (i % 5)}", "answer": f"#### {i}"} for i in range(11)]
-    items = write_rows(tmp_path / "items.jsonl", items)
-    answers = []
-    for n in (1, 2, 3):
-        args = ["--model", str(model_dir), "--tasks", f"gsm8k={items}", "--dtype", "float32", "--batch_size", "3"]
-        done = torchrun(n, "eval.py", *args, "--output_dir", str(tmp_path / str(n)))
-        assert done.returncode == 0, done.stderr[-3000:]
-        answers.append((tmp_path / str(n) / "gsm8k.metamath.jsonl").read_text())
-        assert not (tmp_path / str(n) / "gsm8k.metamath.parts").exists()
-    assert answers[0] == answers[1] == answers[2] and answers[0].count("\n") == 11

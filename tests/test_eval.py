@@ -111,7 +111,7 @@ def test_a_row_stops_soon_after_a_stop_string(tmp_path, model_dir):
     model.forward = forward
     ready = generation.Model(model, tokenizer, frozenset({1}), 2, 512)
     long = generation.Decoding(300, METAMATH_STOP)
-    (got,) = generation.generate(ready, [tokenizer("q")["input_ids"]], long, ["0"])
+    (got,) = generation.generate(ready, [tokenizer("q")["input_ids"]], long, ["0"], 1)
     assert got["completion"] == " x" and got["finish"] == "stop" and len(calls) <= 20
 
 
@@ -159,6 +159,7 @@ def test_a_cut_run_goes_on_and_a_finished_one_is_reused(tmp_path, model_dir, mon
         return generate(*a)
 
     monkeypatch.setattr(generation, "generate", cut)
+    monkeypatch.setattr(evaluation, "BATCHES_PER_BLOCK", 1)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(args(tmp_path, model_dir))
     evaluation.main(args(tmp_path, model_dir))

@@ -5,8 +5,10 @@ import gzip
 import hashlib
 import json
 import math
+import random
 from collections import Counter
 
+import datasets
 import pytest
 from conftest import DATA, needs_data
 from transformers import AutoTokenizer
@@ -15,6 +17,7 @@ from config import UserError
 from tasks import GROUPS, TASKS
 from tasks.general import (
     BBH_TASKS,
+    TYDIQA_DEV,
     TYDIQA_TRAIN,
     TYDIQA_WORDS,
     bbh_answer,
@@ -283,7 +286,7 @@ def test_what_is_loaded(folder, few_training_rows):
 def test_what_is_missing_is_named_with_its_origin(folder, tmp_path):
     for name, message in {
         "mmlu": r"no file .*mmlu/test.jsonl.gz \(its origin: hf download --repo-type dataset cais/mmlu",
-        "bbh": "no file .*boolean_expressions.json .*SaylorTwift/bbh",
+        "bbh": "no file .*boolean_expressions.txt .*github.com/suzgunmirac/BIG-Bench-Hard",
         "tydiqa": "no file .*arabic_dev.json.gz",
         "truthfulqa": "no file .*TruthfulQA_v1.csv .*github.com/sylinrl/TruthfulQA",
         "hendrycks_math": "no file .*math/test.jsonl.gz .*EleutherAI/hendrycks_math",
@@ -292,6 +295,76 @@ def test_what_is_missing_is_named_with_its_origin(folder, tmp_path):
             load(name, tmp_path)
     with pytest.raises(UserError, match="TyDiQA's training part has 14805 questions in arabic, got 3"):
         load("tydiqa", folder)
+
+
+def test_rows_of_the_hub_are_those_of_local_copies(folder, few_training_rows, monkeypatch):
+    """Ids, configurations and splits; and the columns that differ from the local files' layout."""
+
+    def squad(split):
+        part = {"validation": "dev", "train": "train"}[split]
+        rows = squad_rows(Source(str(folder)), part, split, TYDIQA_WORDS)
+        return [{**r, "answers": {"text": r["answers"], "answer_start": [0, 1]}} for of in rows.values() for r in of]
+
+    def truthfulqa():
+        keys = {"best": "best_answer", "correct": "correct_answers", "incorrect": "incorrect_answers"}
+        return [{keys.get(k, k): v for k, v in r.items()} for r in load("truthfulqa", folder)]
+
+    def hub(name, subset, split):
+        if name == "cais/mmlu" and subset == "all":
+            with gzip.open(folder / f"mmlu/{split}.jsonl.gz", "rt") as f:
+                rows = [json.loads(line) for line in f]
+        elif name == "SaylorTwift/bbh" and split == "test":
+            rows = json.loads((folder / f"bbh/bbh/{subset}.json").read_text())["examples"]
+        elif (name, subset) == ("google-research-datasets/tydiqa", "secondary_task"):
+            rows = squad(split)
+        elif (name, subset, split) == ("truthfulqa/truthful_qa", "generation", "validation"):
+            rows = truthfulqa()
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    for name in ("mmlu", "mmlu_5shot", "tydiqa", "truthfulqa"):
+        assert TASKS[name].load(Source()) == load(name, folder)
+    with pytest.raises(UserError, match="needs bbh/cot-prompts/boolean_expressions.txt of github.com/suzgunmirac"):
+        TASKS["bbh"].load(Source())
+    items, moved = load("bbh", folder), folder / "moved"
+    (folder / "bbh/bbh").rename(moved)  # the prompts alone are local
+    monkeypatch.setattr(datasets, "load_dataset", lambda n, s, split: datasets.Dataset.from_list(
+        json.loads((moved / f"{s}.json").read_text())["examples"]))  # fmt: skip
+    try:
+        assert load("bbh", folder) == items
+    finally:
+        moved.rename(folder / "bbh/bbh")
+
+
+def test_some_languages_alone(folder, few_training_rows, monkeypatch):
+    """The example of a language, and its published questions, are the same whether the others are there or not."""
+    monkeypatch.setattr("tasks.general.TYDIQA_DEV", dict.fromkeys(TYDIQA_DEV, 2))
+    monkeypatch.setattr("tasks.general.random.Random.sample", lambda self, n, k, f=random.Random.sample: f(self, n, 1))
+    for published in (False, True):
+        every = TASKS["tydiqa"].load(Source(str(folder), published=published))
+        some = TASKS["tydiqa"].load(Source(str(folder), published=published, languages=["korean", "telugu"]))
+        assert some == [item for item in every if item["language"] in ("korean", "telugu")]
+        assert len(some) == (2 if published else 4)
+    with pytest.raises(UserError, match="languages: unknown word 'corean'; did you mean korean"):
+        TASKS["tydiqa"].load(Source(str(folder), languages=["corean"]))
+
+
+def test_math_is_seven_configurations_of_the_hub(monkeypatch):
+    asked = []
+
+    def hub(*where):
+        asked.append(where)
+        row = {"problem": "p", "level": "Level 1", "type": where[1], "solution": r"\boxed{1}"}
+        return datasets.Dataset.from_list([row])
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: hub(name, subset, split))
+    items = TASKS["hendrycks_math"].load(Source())
+    subjects = [
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+        "precalculus",
+    ]  # fmt: skip
+    assert [i["type"] for i in items] == subjects
+    assert asked == [("EleutherAI/hendrycks_math", s, "test") for s in subjects]
 
 
 def test_groups_name_tasks():
@@ -344,9 +417,10 @@ def test_real_truthfulqa():
 
 @needs_data("tydiqa_goldp/arabic_dev.json.gz")
 def test_real_tydiqa():
-    rows = squad_rows(Source(str(DATA)), "dev", "validation")
-    counts = Counter(r["language"] for r in rows)
-    assert len(rows) == 5077 and counts["arabic"] == 921 and counts["bengali"] == 113 and len(counts) == 9
+    of = squad_rows(Source(str(DATA)), "dev", "validation", TYDIQA_WORDS)
+    assert {language: len(rows) for language, rows in of.items()} == TYDIQA_DEV
+    rows = [row for language in of.values() for row in language]
+    assert len(rows) == 5077
     for k in (0, -1):
         got = TASKS["tydiqa"].judge(rows, [{"completions": [f" {r['answers'][k]}\n"]} for r in rows], OPTIONS)
         assert all(v["f1"] == v["exact_match"] == 1 for v in got)
@@ -355,7 +429,7 @@ def test_real_tydiqa():
 
 
 @needs_data("mmlu/test.jsonl.gz", "truthfulqa/TruthfulQA_v1.csv", "tydiqa_goldp/swahili_train.json.gz")
-def test_real_prompts_are_pinned(tokenizer, monkeypatch):
+def test_real_prompts_are_pinned(tokenizer):
     """The first item's prompt; TyDiQA in the languages whose training file is there."""
     got = {}
     for name in ("mmlu", "mmlu_5shot", "bbh", "bbh_direct", "truthfulqa", "gsm8k_8shot", "gsm8k", "hendrycks_math"):
@@ -363,9 +437,8 @@ def test_real_prompts_are_pinned(tokenizer, monkeypatch):
         for word in TASKS[name].formats:
             if word != "chat":
                 got[f"{name} {word}"] = sha(prompt(name, word, item, tokenizer))
-    there = {w: TYDIQA_WORDS[w] for w in TYDIQA_WORDS if (DATA / f"tydiqa_goldp/{w}_train.json.gz").exists()}
-    monkeypatch.setattr("tasks.general.TYDIQA_WORDS", there)
-    for item in load_tydiqa(Source(str(DATA))):
+    there = [w for w in TYDIQA_WORDS if (DATA / f"tydiqa_goldp/{w}_train.json.gz").exists()]
+    for item in load_tydiqa(Source(str(DATA), languages=there)):
         got.setdefault(f"tydiqa {item['language']}", sha(prompt("tydiqa", "base", item, tokenizer)))
     assert got == PINNED
 

@@ -1,15 +1,19 @@
 """The README's code runs and its tables are the programs' own: pytest tests/test_readme.py"""
 
+import json
 import re
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, write_rows
 from torch import nn
 
+import eval as evaluation
 import gmt
+import tasks
 from config import EvalConfig, TrainConfig, parse, reference
+from tasks import TASKS
 
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -56,6 +60,33 @@ def test_a_rule_of_ones_own(monkeypatch):
     expected = p.grad * (score >= score.flatten().sort(descending=True).values[359])
     gmt.Masker([("p", p)], "weight_times_gradient", 0.3).mask_gradients(0)
     assert torch.equal(p.grad, expected)
+
+
+def test_a_benchmark_of_ones_own(monkeypatch, tmp_path, model_dir):
+    monkeypatch.setattr("tasks.TASKS", dict(TASKS))
+    monkeypatch.setattr(evaluation, "TASKS", tasks.TASKS)
+    (block,) = [text for text in PYTHON if "load_capitals" in text]
+    exec(block, {})
+    items = [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}]
+    file = write_rows(tmp_path / "capitals.jsonl", items)
+    words = ["--model", str(model_dir), "--dtype", "float32", "--output_dir", str(tmp_path / "e")]
+    evaluation.main([*words, "--tasks", f"capitals={file}"])
+    path = tmp_path / "e" / "capitals.exact.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [
+        "Q: What is the capital of France?\nA:", "Q: What is the capital of Peru?\nA:",
+    ]  # fmt: skip
+    lines[0]["completions"] = [" Paris"]
+    write_rows(path, lines)
+    words = ["--tasks", "capitals", "--score_only", "--output_dir", str(tmp_path / "e")]
+    assert evaluation.main(words)["capitals.exact"]["score"] == 0.5
+
+
+def test_the_table_of_tasks_is_complete():
+    table = README[README.index("Words of `--tasks`") : README.index("`--tasks general` is")]
+    for task in TASKS.values():
+        if task.protocol in ("metamath", "open_instruct") and task.samples == 1:
+            assert task.name in table, task.name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

@@ -1,0 +1,103 @@
+"""The report on several runs: pytest tests/test_report.py"""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, python, write_rows
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import report
+from published import PUBLISHED
+
+from config import UserError
+from tasks import TASKS
+
+
+def test_mcnemar_against_the_binomial_by_hand():
+    a = np.array([1] * 10 + [0] * 3 + [1] * 5 + [0] * 4)
+    b = np.array([0] * 10 + [1] * 3 + [1] * 5 + [0] * 4)
+    # 13 discordant pairs, 3 of one kind: 2 * (1 + 13 + 78 + 286) / 8192
+    assert report.mcnemar(a, b) == report.mcnemar(b, a) == pytest.approx(2 * 378 / 8192)
+    assert report.mcnemar(a, a) == 1.0
+    assert report.mcnemar(np.array([1, 0]), np.array([0, 1])) == 1.0
+
+
+def test_bootstrap_against_the_normal_approximation():
+    rng = np.random.default_rng(1)
+    for n in (400, 3000):
+        a, b = rng.normal(size=n), rng.normal(0.2, size=n)
+        low, high = report.bootstrap(a, b, [""] * n)
+        error = (b - a).std(ddof=1) / n**0.5
+        assert low == pytest.approx((b - a).mean() - 1.96 * error, abs=0.15 * error)
+        assert high == pytest.approx((b - a).mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_bootstrap_over_groups_weighs_them_equally():
+    a, groups = np.zeros(110), ["small"] * 10 + ["large"] * 100
+    b = np.array([1.0] * 10 + [0.0] * 100)  # within a group nothing varies
+    assert report.bootstrap(a, b, groups) == (0.5, 0.5)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs on GSM8K (0/1 verdicts) and BBH (a mean over tasks); the second better in ways that are known."""
+    for name, extra in (("base", 0), ("tuned", 8)):
+        folder = tmp_path / name / "eval"
+        folder.mkdir(parents=True)
+        gsm = [{"id": i, "item": {}, "correct": i < 10 + extra, "math_verify": i < 20} for i in range(40)]
+        bbh = [{"id": i, "item": {"task": "ab"[i > 3]}, "correct": i < 2 + extra // 4} for i in range(20)]
+        write_rows(folder / "gsm8k.metamath.jsonl", gsm)
+        write_rows(folder / "bbh.open_instruct.jsonl", bbh)
+        settings = {"n": 40, "dataset_version": "main/test", "dtype": "float32", "timeouts": extra}
+        value = lambda s: {"score": s, "standard_error": 0.01}  # noqa: E731
+        scores = {
+            "gsm8k.metamath": {**settings, "metrics": {"correct": value(0.25 + extra / 40), "math_verify": value(0.5)}},
+            "bbh.open_instruct": {**settings, "n": 20, "metrics": {"correct": value(0.25 + extra / 32)}},
+        }
+        (folder / "scores.json").write_text(json.dumps(scores))
+    return [tmp_path / name / "eval" for name in ("base", "tuned")]
+
+
+def test_report(runs, tmp_path):
+    text = report.report(runs)
+    row = next(line for line in text.splitlines() if line.startswith("| gsm8k.metamath | correct"))
+    assert "| 40 | main/test | 25.00 ± 1.00 | 45.00 ± 1.00 (+20.00, p = 0.0078) |" in row  # 8 of 8 pairs: 2 / 2**8
+    assert "50.00 ± 1.00 (+0.00, p = 1) |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| bbh.open_instruct"))
+    assert "(+25.00 [" in row  # two more of four in one task, nothing in the other
+    assert f"{runs[1]}: 8 verdicts timed out" in text
+    assert "| MetaMath-Mistral-7B | 77.7 | 28.2 |" not in text and "| MetaMath-Mistral-7B | 77.7 |" in text
+    assert "README of meta-math/MetaMath" in text and "Tulu-2-7B" in text and "EvalPlus" not in text
+    assert "In brackets" not in report.report(runs[:1])
+
+
+def test_runs_that_cannot_be_compared_are_named(runs):
+    scores = json.loads((runs[1] / "scores.json").read_text())
+    scores["gsm8k.metamath"]["dtype"] = "bfloat16"
+    (runs[1] / "scores.json").write_text(json.dumps(scores))
+    path = runs[1] / "bbh.open_instruct.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    text = report.report(runs)
+    assert f"gsm8k.metamath: {runs[1]} differs from the first run in dtype" in text and "(other items)" in text
+
+
+def test_published_scores_belong_to_tasks_and_metrics():
+    for task, metric, _, value, source in PUBLISHED:
+        assert metric in TASKS[task].metrics and 0 < value < 100 and source
+
+
+def test_bad_folders(tmp_path, runs):
+    with pytest.raises(UserError, match=r"no readable scores.json"):
+        report.report([tmp_path])
+    (runs[1] / "gsm8k.metamath.jsonl").unlink()
+    with pytest.raises(UserError, match=r"gsm8k.metamath.jsonl: missing or damaged"):
+        report.report(runs)
+
+
+def test_as_a_program(runs, tmp_path):
+    done = python("scripts/report.py", *map(str, runs), "--out", str(tmp_path / "r.md"))
+    assert done.returncode == 0 and (tmp_path / "r.md").read_text().startswith("# Scores"), done.stderr[-2000:]
+    done = python("scripts/report.py", str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith("report.py: error: ")

@@ -1,0 +1,176 @@
+"""From answers to scores, and results that cannot be used: pytest tests/test_scores.py"""
+
+import dataclasses
+import json
+import statistics
+
+import pytest
+from conftest import make_model, write_rows
+
+import eval as evaluation
+import scores
+from config import UserError
+from tasks import TASKS
+from tasks.task import Chat, Format, Options, each
+
+
+def test_mean_over_items_and_over_groups():
+    values, groups = [1.0, 0.0, 1.0, 1.0, 0.5, 0.5], list("aabbbb")
+    micro, macro = (scores.mean_of(values, groups, m) for m in (False, True))
+    assert micro["score"] == pytest.approx(4 / 6) and macro["score"] == pytest.approx((0.5 + 0.75) / 2)
+    assert micro["standard_error"] == pytest.approx(statistics.stdev(values) / 6**0.5)
+    by_hand = (statistics.variance([1, 0]) / 2 + statistics.variance([1, 1, 0.5, 0.5]) / 4) ** 0.5 / 2
+    assert macro["standard_error"] == pytest.approx(by_hand)
+    assert macro["groups"] == {"a": {"score": 0.5, "n": 2}, "b": {"score": 0.75, "n": 4}}
+    single = scores.mean_of([1.0], [""], False)
+    assert single == {"score": 1.0, "standard_error": None, "groups": {}}
+
+
+def test_a_prompt_that_is_too_long_scores_0_whatever_the_rule_says(tmp_path):
+    """A rule that takes an empty answer would count it as right."""
+    task = dataclasses.replace(TASKS["bbh"], group=None, macro=False)
+    lines = [
+        {"id": 0, "item": {"task": "t", "target": "]"}, "completions": [""], "finish": ["too_long"]},
+        {"id": 1, "item": {"task": "t", "target": "]"}, "completions": [""], "finish": ["eos"]},
+    ]
+    got = scores.score(write_rows(tmp_path / "a.jsonl", lines), task, "base", None, Options())
+    assert (got["score"], got["prompt_too_long"]) == (0.5, 1)
+    lines = [{"id": 0, "item": {"correct": ["a"], "incorrect": ["b"], "best": "a"}, "logprobs": None}]
+    got = scores.score(write_rows(tmp_path / "a.jsonl", lines), TASKS["truthfulqa"], "base", None, Options())
+    assert (got["score"], got["prompt_too_long"]) == (0, 1)
+
+
+def test_judges_get_all_answers_with_the_prompts_format(tmp_path):
+    seen = []
+
+    def judge(items, answers, options):
+        seen.append((items, [(a["completions"], a["format"]) for a in answers], options))
+        return [{"correct": 0.25, "timeouts": 2, "crashes": 1, "extracted": None}, {"correct": True}]
+
+    task = dataclasses.replace(TASKS["gsm8k"], judge=judge, metrics=("correct",))
+    lines = [{"item": {"n": i}, "completions": [str(i)], "finish": ["length"]} for i in range(2)]
+    path = write_rows(tmp_path / "a.jsonl", lines)
+    got = scores.score(path, task, "tulu", None, Options(3))
+    assert seen == [([{"n": 0}, {"n": 1}], [(["0"], "tulu"), (["1"], "tulu")], Options(3))]
+    assert (got["score"], got["timeouts"], got["crashes"], got["nothing_extracted"], got["cut_at_length"]) == (
+        0.625, 2, 1, 1, 2,
+    )  # fmt: skip
+    assert [line["correct"] for line in scores.read_lines(path)] == [0.25, True]
+
+
+# --- results that cannot be used -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(tmp_path, model_dir, monkeypatch):
+    quick = dataclasses.replace(
+        TASKS["gsm8k"], max_new_tokens=4, judge=each(lambda item, text: {"correct": not text}), metrics=("correct",)
+    )
+    monkeypatch.setitem(TASKS, "gsm8k", quick)
+    items = write_rows(tmp_path / "items.jsonl", [{"question": str(i), "answer": "#### 1"} for i in range(3)])
+    words = ["--model", str(model_dir), "--tasks", f"gsm8k={items}", "--dtype", "float32"]
+    return [*words, "--output_dir", str(tmp_path / "e")]
+
+
+def test_damaged_results_are_one_clear_error(tmp_path, words):
+    evaluation.main(words)
+    path, again = tmp_path / "e/gsm8k.metamath.jsonl", ["--score_only", *words[-2:], "--tasks", "gsm8k"]
+    whole = path.read_text()
+    for text, message in {
+        whole[:-20]: "gsm8k.metamath.jsonl: missing or damaged",
+        "": "expected lines with item and completions: delete it",
+        json.dumps({"item": {}, "completion": "of an older version"})
+        + "\n": "expected lines with item and completions",
+    }.items():
+        path.write_text(text)
+        for call in (again, words):
+            with pytest.raises(UserError, match=message):
+                evaluation.main(call)
+    path.unlink()  # as the messages say
+    assert evaluation.main(words)["gsm8k.metamath"]["n"] == 3
+    settings = json.loads((tmp_path / "e/settings.json").read_text())
+    (tmp_path / "e/settings.json").write_text(json.dumps({"other": settings["gsm8k.metamath"]}))
+    with pytest.raises(UserError, match=r"settings.json has no entry gsm8k.metamath"):
+        evaluation.main(again)
+
+
+def test_a_judge_that_needs_the_data_reads_it_again(tmp_path, words, monkeypatch):
+    """Keys that begin with _ are not stored; --score_only finds them, or says that they are others."""
+
+    def load(source):
+        return [{**row, "_secret": i} for i, row in enumerate(source.rows("rows.jsonl", ("x/y", None, "test")))]
+
+    task = dataclasses.replace(
+        TASKS["gsm8k"], load=load, judge_needs_data=True,
+        judge=lambda items, answers, options: [{"correct": i["_secret"] == 1} for i in items],
+    )  # fmt: skip
+    monkeypatch.setitem(TASKS, "gsm8k", task)
+    assert evaluation.main(words)["gsm8k.metamath"]["score"] == pytest.approx(1 / 3)
+    assert "_secret" not in (tmp_path / "e/gsm8k.metamath.jsonl").read_text()
+    (tmp_path / "items.jsonl").rename(tmp_path / "rows.jsonl")
+    again = ["--score_only", *words[-2:], "--tasks", "gsm8k", "--data_dir", str(tmp_path)]
+    assert evaluation.main(again)["gsm8k.metamath"]["score"] == pytest.approx(1 / 3)
+    write_rows(tmp_path / "rows.jsonl", [{"question": "other", "answer": "#### 1"}] * 3)
+    with pytest.raises(UserError, match=r"the items in .*rows.jsonl are not those of the stored answers"):
+        evaluation.main(again)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tasks", "math=x.jsonl"], "math is a group of gsm8k, hendrycks_math: name one of them with the file"),
+        (["--tasks", "math", "gsm8k"], "gsm8k is named twice"),
+        (["--tasks", "hendryks_math"], "unknown task 'hendryks_math'; did you mean hendrycks_math"),
+        (["--tasks", "mmlu", "--prompt_format", "tul"], "these tasks do not know 'tul'; did you mean tulu"),
+        (["--tasks", "gsm8k", "--prompt_format", "tulu"], "these tasks do not know 'tulu'; known: alpaca"),
+        (["--tasks", "bbh=x.json", "--data_dir", "."], "no file cot-prompts|no file bbh/cot-prompts"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--workers", "-1"], "workers must be at least 0"),
+    ],
+)
+def test_bad_words(more, message, words):
+    with pytest.raises(UserError, match=message):
+        evaluation.main([*words, *more])
+
+
+def test_a_task_of_several_files_takes_no_single_one(words, monkeypatch):
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], load=lambda source: [{}]))
+    with pytest.raises(UserError, match="task gsm8k is made of several files: give a folder of them, --data_dir"):
+        evaluation.main(words)
+
+
+def test_the_check_of_a_task_comes_before_anything_is_loaded(words, monkeypatch):
+    def check(options):
+        raise UserError(f"no sandbox, {options.workers} workers, {options.allow_unsafe_code}")
+
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], check=check))
+    with pytest.raises(UserError, match="no sandbox, 5 workers, True"):
+        evaluation.main([*words, "--model", "no/such", "--workers", "5", "--allow_unsafe_code"])
+
+
+def test_a_chat_format_needs_a_template(words, monkeypatch):
+    formats = {"chat": Format(lambda item, _: Chat(item["question"]))}
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], formats=formats))
+    with pytest.raises(UserError, match="prompt_format chat: the tokenizer .* has no chat template"):
+        evaluation.main(words)
+
+
+def test_a_model_with_a_recurrent_state_is_refused(tmp_path, words, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_is_stateful", True)
+    with pytest.raises(UserError, match="a recurrent state is not supported"):
+        evaluation.main([*words, "--model", str(make_model(tmp_path / "m"))])
+
+
+def test_the_versions_of_the_data_stand_beside_the_scores(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], versions={3: "release 7"}))
+    assert evaluation.main(words)["gsm8k.metamath"]["dataset_version"] == "release 7"
+    assert "release 7" in capsys.readouterr().out
+    entry = evaluation.main([*words, "--limit", "2", "--overwrite"])["gsm8k.metamath"]
+    assert (entry["n"], entry["dataset_version"]) == (2, "the first 2 of release 7")
+    write_rows(tmp_path / "items.jsonl", [{"question": "q", "answer": "#### 1"}])
+    assert (
+        evaluation.main([*words, "--overwrite"])["gsm8k.metamath"]["dataset_version"]
+        == "another version, or part of it"
+    )
