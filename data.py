@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 import templates
 from config import UserError, nearest
-from templates import IGNORE, TEMPLATES, LeftOut, encode_preference, encode_row
+from templates import IGNORE, TEMPLATES, LeftOut
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
@@ -126,30 +126,38 @@ def tokenise(
     processes = processes or processes_for(len(rows))
     kind = TEMPLATES[template]
 
-    def encode(row: dict, index: int) -> dict:
-        reason, sequences = "", []
-        try:
-            encode_one = lambda *args: [encode_row(*args)]  # noqa: E731
-            sequences = (encode_preference if preferences else encode_one)(kind, row, tokenizer)
-        except LeftOut as e:
-            reason = str(e)
-        except UserError as e:
-            raise UserError(f"row {index + 1} of the dataset: {e}") from None
-        cut = any(len(ids) > max_length for ids, _ in sequences)
-        sequences = [(ids[:max_length], labels[:max_length]) for ids, labels in sequences]
-        trained = [sum(label != IGNORE for label in labels) for _, labels in sequences]
-        if cut and overlong == "drop":
-            reason = "more than max_length tokens"
-        elif sequences and min(trained) == 0:
-            reason = "no token to train on within max_length"
-        return {
-            "input_ids": list(itertools.chain(*(ids for ids, _ in sequences))),
-            "labels": list(itertools.chain(*(labels for _, labels in sequences))),
-            "lengths": [len(ids) for ids, _ in sequences],
-            "trained": trained,
-            "cut": cut,
-            "reason": reason,
-        }
+    def encode_rows(columns: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rendered: list[tuple] = []  # of each row its sequences, as segments
+        reasons: list[str] = []  # why it is left out, or ""
+        for index, *values in zip(indices, *columns.values(), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            try:
+                both = templates.render_preference if preferences else lambda *args: (templates.render(*args),)
+                rendered.append(both(kind, row, tokenizer))
+                reasons.append("")
+            except LeftOut as e:
+                rendered.append(())
+                reasons.append(str(e))
+            except UserError as e:
+                raise UserError(f"row {index + 1} of the dataset: {e}") from None
+        encoded = iter(templates.encode(kind, [sequence for row in rendered for sequence in row], tokenizer))
+        out: dict[str, list] = {name: [] for name in _FEATURES}
+        for row, reason in zip(rendered, reasons, strict=True):
+            whole = [next(encoded) for _ in row]
+            sequences = [(ids[:max_length], labels[:max_length]) for ids, labels in whole]
+            trained = [sum(label != IGNORE for label in labels) for _, labels in sequences]
+            cut = any(len(ids) > max_length for ids, _ in whole)
+            if cut and overlong == "drop":
+                reason = "more than max_length tokens"
+            elif row and min(trained) == 0:
+                reason = "no token to train on within max_length"
+            out["input_ids"].append(list(itertools.chain(*(ids for ids, _ in sequences))))
+            out["labels"].append(list(itertools.chain(*(labels for _, labels in sequences))))
+            out["lengths"].append([len(ids) for ids, _ in sequences])
+            out["trained"].append(trained)
+            out["cut"].append(cut)
+            out["reason"].append(reason)
+        return out
 
     # A name of our own for the cached result: hashing a tokenizer object is slow and not stable. The code is part of
     # it, so that an edited template is not served from the cache.
@@ -157,7 +165,8 @@ def tokenise(
     identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, preferences, code)
     try:
         encoded = rows.map(
-            encode,
+            encode_rows,
+            batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
             features=_FEATURES,

@@ -43,6 +43,7 @@ def score(path: Path, task: Task, format: str, items: list[dict] | None, options
         "nothing_extracted": sum(line.get("extracted", "") is None for line in lines),
         "timeouts": sum(line.get("timeouts", 0) for line in lines),
         "crashes": sum(line.get("crashes", 0) for line in lines),
+        **({"sandbox": lines[0]["sandbox"]} if "sandbox" in lines[0] else {}),  # of programs
         "cut_at_length": sum(why == "length" for line in lines for why in line.get("finish", [])),
         "prompt_too_long": sum(map(too_long, lines)),
         **run_folder.environment(),

@@ -4,6 +4,7 @@ To add one, enter it in TEMPLATES: a `Pair` makes (prompt, response) of a row; a
 or not, of the messages of a conversation, which is also what DPO needs of a prompt's messages and one answer.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -147,7 +148,7 @@ class LeftOut(Exception):
 
 
 def columns(template: Pair | Conversation, preferences: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(all columns that a row needs, those of them that are conversations); see encode_row and encode_preference."""
+    """(all columns that a row needs, those of them that are conversations); see render and render_preference."""
     if not preferences:
         return template.columns, (MESSAGES,)
     if isinstance(template, Conversation):
@@ -155,29 +156,28 @@ def columns(template: Pair | Conversation, preferences: bool) -> tuple[tuple[str
     return (*template.columns[:-1], *PREFERENCES), ()
 
 
-def encode_row(
-    template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Token ids of a row and their labels (IGNORE where not trained).
-
-    One beginning-of-sequence token if the tokenizer adds one, else none.
+def render(template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The segments of a row.
 
     Raises:
         LeftOut: a message is empty.
         UserError: the row cannot be rendered; a response is empty.
     """
     if isinstance(template, Conversation):
-        return _encode_messages(template, row[MESSAGES], tokenizer)
+        messages = row[MESSAGES]
+        if not messages or any(not (m["content"] or "").strip() for m in messages):
+            raise LeftOut("an empty message")
+        return template.render(messages, tokenizer)
     prompt, response = template.render(row)
     if not response.strip():
         raise UserError("the response is empty")
-    return _encode_pair(template, prompt, response, tokenizer)
+    return [Segment(prompt, False), Segment(response, True)]
 
 
-def encode_preference(
+def render_preference(
     template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels of the chosen and of the rejected answer to a prompt; of each the last answer is trained.
+) -> tuple[list[Segment], list[Segment]]:
+    """The segments of the chosen and of the rejected answer to a prompt; trained is the last answer alone.
 
     The columns `chosen` and `rejected` are conversations with the same messages but for the last one (the schema of
     HuggingFaceH4/ultrafeedback_binarized), or texts beside the template's own columns of the prompt.
@@ -186,71 +186,65 @@ def encode_preference(
         LeftOut: an answer or a message is empty, the answers are equal, or the prompts are not.
         UserError: the row cannot be rendered.
     """
-    chosen, rejected = (row[column] for column in PREFERENCES)
+    both = [row[column] for column in PREFERENCES]
     if isinstance(template, Conversation):
-        if any(not m or m[-1]["role"] != "assistant" for m in (chosen, rejected)):
+        if any(not messages or messages[-1]["role"] != "assistant" for messages in both):
             raise LeftOut("no answer at the end")
-        if chosen[:-1] != rejected[:-1]:
+        if both[0][:-1] != both[1][:-1]:
             raise LeftOut("different prompts")
-        answers = chosen[-1]["content"] or "", rejected[-1]["content"] or ""
+        answers = [messages[-1]["content"] or "" for messages in both]
     else:
-        answers = chosen, rejected
+        answers = both
     if any(not answer.strip() for answer in answers):
         raise LeftOut("an empty answer")
     if answers[0].strip() == answers[1].strip():
         raise LeftOut("equal answers")
-    if isinstance(template, Conversation):
-        return [_encode_messages(template, m, tokenizer, last_answer=True) for m in (chosen, rejected)]
-    response = template.columns[-1]
-    return [_encode_pair(template, *template.render({**row, response: text}), tokenizer) for text in answers]
+    chosen, rejected = (
+        render(
+            template,
+            {MESSAGES: answer} if isinstance(template, Conversation) else {**row, template.columns[-1]: answer},
+            tokenizer,
+        )
+        for answer in both
+    )
+    for segments in (chosen, rejected):
+        segments[:-1] = [segment._replace(trained=False) for segment in segments[:-1]]
+    return chosen, rejected
 
 
-def _encode_messages(
-    template: Conversation, messages: list[dict], tokenizer: PreTrainedTokenizerBase, last_answer: bool = False
-) -> tuple[list[int], list[int]]:
-    if not messages or any(not (m["content"] or "").strip() for m in messages):
-        raise LeftOut("an empty message")
-    segments = template.render(messages, tokenizer)
-    if last_answer:
-        segments = [s._replace(trained=s.trained and i + 1 == len(segments)) for i, s in enumerate(segments)]
-    return encode_segments(segments, tokenizer, template.special_tokens)
-
-
-def _encode_pair(
-    template: Pair, prompt: str, response: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    segments = [Segment(prompt, False), Segment(response, True)]
-    ids, labels = encode_segments(segments, tokenizer, apart=template.apart)
-    if ids[-1] != tokenizer.eos_token_id:
-        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-    return ids, labels
-
-
-def encode_segments(
-    segments: list[Segment], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True, apart: bool = False
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of segments of text.
+def encode(
+    template: Pair | Conversation, rendered: list[list[Segment]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels (IGNORE where not trained) of rendered rows; the EOS of a Pair is added here.
 
     As one text, a segment ends after as many tokens as the text up to there has when it is tokenised alone, as in
-    MetaMath and open-instruct. `apart`, the segments' own tokens are strung together, as in Magicoder.
+    MetaMath and open-instruct. `apart`, the segments' own tokens are strung together, as in Magicoder. One
+    beginning-of-sequence token if the tokenizer adds one, else none.
     """
-    if apart:
+    pair, special_tokens = isinstance(template, Pair), getattr(template, "special_tokens", True)
+    if pair and template.apart:
+        firsts = encode_prompts(tokenizer, [segments[0].text for segments in rendered])
+        others = iter(encode_prompts(tokenizer, [s.text for segments in rendered for s in segments[1:]], False))
         pieces = [
-            encode_prompts(tokenizer, [s.text], special_tokens and i == 0)[0] if s.text or i == 0 else []
-            for i, s in enumerate(segments)
+            [first, *(next(others) for _ in segments[1:])] for first, segments in zip(firsts, rendered, strict=True)
         ]
-        ids = [token for piece in pieces for token in piece]
-        ends = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+        up_to = [list(itertools.accumulate(parts)) for parts in pieces]  # [prompt, prompt + response] of each row
     else:
-        texts = ["".join(s.text for s in segments[: i + 1]) for i in range(len(segments))]
-        encoded = encode_prompts(tokenizer, texts, special_tokens)
-        ids, ends = encoded[-1] if encoded else [], list(map(len, encoded))
-    labels, start = [IGNORE] * len(ids), 1  # the first token is never predicted: it is not trained
-    for segment, end in zip(segments, ends, strict=True):
-        if segment.trained:
-            labels[start:end] = ids[start:end]
-        start = max(start, end)
-    return ids, labels
+        texts = [list(itertools.accumulate(s.text for s in segments)) for segments in rendered]
+        encoded = iter(encode_prompts(tokenizer, [text for parts in texts for text in parts], special_tokens))
+        up_to = [[next(encoded) for _ in parts] for parts in texts]
+    out = []
+    for segments, prefixes in zip(rendered, up_to, strict=True):
+        ids = prefixes[-1] if prefixes else []
+        labels, start = [IGNORE] * len(ids), 1  # the first token is never predicted: it is not trained
+        for segment, end in zip(segments, map(len, prefixes), strict=True):
+            if segment.trained:
+                labels[start:end] = ids[start:end]
+            start = max(start, end)
+        if pair and ids[-1] != tokenizer.eos_token_id:
+            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        out.append((ids, labels))
+    return out
 
 
 def encode_prompts(

@@ -54,6 +54,9 @@ FREE_TO_CHANGE = {"output_dir", "resume", "resume_changed", "overwrite", "tokeni
     "eval_every", "max_skipped_steps", "trackers",
 }  # fmt: skip
 
+# The benchmarks of the paper for each of its training sets, for the last line that a run prints.
+SCORED_BY = {"metamath": "math", "magicoder": "code", "tulu": "general"}
+
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run one training; returns the last line of metrics.jsonl. Can be called many times in one process."""
@@ -261,7 +264,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     checkpoint.save_model(accelerator, folder / "final", model, tokenizer, card)
     say(
         f"saved {folder / 'final'}; score it with: accelerate launch eval.py --model {folder / 'final'} "
-        f"--tasks gsm8k --output_dir {folder / 'eval'}"
+        f"--tasks {SCORED_BY.get(config.template, 'TASK')} --output_dir {folder / 'eval'}"
     )
     return line
 

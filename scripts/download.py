@@ -61,15 +61,16 @@ def fetch_tasks(words: list[str], folder: Path) -> Path:
     from tasks.source import Source
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    names = [name for word in words for name in GROUPS.get(word, [word])]
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"tasks: unknown task {name!r}{nearest(name, [*TASKS, *GROUPS])}")
     failed = []
-    for word in words:
-        if word not in TASKS and word not in GROUPS:
-            raise UserError(f"tasks: unknown task {word!r}{nearest(word, [*TASKS, *GROUPS])}")
-        for name in GROUPS.get(word, [word]):
-            try:
-                TASKS[name].load(Source())
-            except UserError as e:  # the others are fetched all the same
-                failed.append(f"task {name}: {e}")
+    for name in names:
+        try:
+            TASKS[name].load(Source())
+        except UserError as e:  # not on the Hub, say
+            failed.append(f"{name}: {e}")
     if failed:
         raise UserError("; ".join(failed))
     return folder / "cache"
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--config", help="a YAML of train.py: its model, tokenizer and datasets")
     parser.add_argument("--model", nargs="*", default=[], help="more models")
-    parser.add_argument("--tasks", nargs="*", default=[], help="tasks of eval.py")
+    parser.add_argument("--tasks", nargs="*", default=[], help="tasks of eval.py, or groups of them")
     args = parser.parse_args(argv)
     if not (args.config or args.model or args.tasks):
         raise UserError("nothing to fetch: name --config, --model or --tasks")

@@ -6,6 +6,7 @@ the sum of squared gradients; all logged steps of the run count alike.
 
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from config import UserError
 
 NO_LAYER = "none"  # the row of embeddings, head and other tensors outside the layers
 
@@ -30,11 +34,14 @@ def kept_by_place(path: Path) -> list[dict]:
     share_of_energy_kept (its share of all kept energy).
 
     Raises:
-        ValueError: the file holds no line.
+        UserError: the file holds no line, or no lines of this kind.
     """
     sums: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for line in path.read_text(encoding="utf-8").splitlines():
-        tensors = json.loads(line)["tensors"]
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            tensors = json.loads(line)["tensors"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not a line that train.py's log_masks_every writes") from None
         total = sum(counts["energy"] for counts in tensors.values()) or 1.0
         for name, counts in tensors.items():
             for key in ("entries", "kept"):
@@ -42,7 +49,7 @@ def kept_by_place(path: Path) -> list[dict]:
             for key in ("energy", "energy_kept"):  # relative, so that a step with large gradients is not all there is
                 sums[place(name)][key] += counts[key] / total
     if not sums:
-        raise ValueError(f"{path}: no line; log_masks_every says how often train.py writes one")
+        raise UserError(f"{path}: no line; log_masks_every says how often train.py writes one")
     all_kept = sum(s["energy_kept"] for s in sums.values()) or 1.0
     return [
         {

@@ -5,6 +5,9 @@
 Each folder is an output_dir of eval.py. Where two runs have answered the same items, their difference is tested on
 these pairs: verdicts of 0 and 1 by McNemar's exact test, others (and means over groups) by a paired bootstrap. Runs
 that differ in more than the model are named, since a score belongs to its protocol.
+
+Of a run of train.py that has logged its masks (log_masks_every), the folder itself or the one that holds the
+evaluation's, masks.png is drawn into the folder, see mask_figure.py.
 """
 
 import argparse
@@ -18,9 +21,11 @@ from typing import Any
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from mask_figure import mask_figure
 from published import PUBLISHED
 
 from config import UserError, run_main
+from run_folder import MASKS
 from scores import read_lines
 from tasks import TASKS
 
@@ -131,12 +136,19 @@ def published(tasks: set[str]) -> str:
     return "\n".join(out) + "\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, help="write the report there, too")
-    args = parser.parse_args()
-    text = report(args.folders)
+    args = parser.parse_args(argv)
+    for run in dict.fromkeys(f.parent if f.name == "eval" else f for f in args.folders):
+        if (run / MASKS).exists():
+            mask_figure(run, run / "masks.png")
+            print(f"figure: {run / 'masks.png'}")
+    scored = [f for f in args.folders if (f / "scores.json").exists() or not (f / MASKS).exists()]
+    if not scored:
+        return
+    text = report(scored)
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

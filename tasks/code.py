@@ -12,14 +12,10 @@ from typing import Any
 
 from tasks import sandbox
 from tasks.sandbox import Job
-from tasks.sanitize import sanitize
+from tasks.sanitize import parse, sanitize
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
-
-MAGICODER = (
-    "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses "
-    "to user instructions.\n\n@@ Instruction\n{instruction}\n\n@@ Response\n{response}"
-)
+from templates import MAGICODER
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and programs (evalplus/codegen.py and provider/; magicoder, experiments/text2code.py)
@@ -51,17 +47,15 @@ def chat_prompt(item: dict, tokenizer: object = None) -> Chat:
 
 def magicoder_humaneval(item: dict, tokenizer: object = None) -> str:
     block = f"```python\n{item['prompt'].strip()}"
-    return MAGICODER.format_map(
-        {"instruction": f"Write a solution to the following problem:\n{block}\n```", "response": block}
-    )
+    instruction = f"Write a solution to the following problem:\n{block}\n```"
+    return MAGICODER.format_map({"instruction": instruction}) + block
 
 
 def magicoder_mbpp(item: dict, tokenizer: object = None) -> str:
     text, mark, assertion = item["prompt"].strip().strip('"').strip().partition("assert")
     text = text.strip() if text.strip().endswith(".") else text.strip() + "."
-    block = f"```python\n{mark}{assertion}\n```"
-    instruction = f"{text} Your code should satisfy the following assertion:\n{block}"
-    return MAGICODER.format_map({"instruction": instruction, "response": "```python"})
+    instruction = f"{text} Your code should satisfy the following assertion:\n```python\n{mark}{assertion}\n```"
+    return MAGICODER.format_map({"instruction": instruction}) + "```python"
 
 
 def evalplus_program(item: dict, completion: str, format: str) -> str:
@@ -99,7 +93,14 @@ HUMANEVAL_COLUMNS = ("task_id", "prompt", "canonical_solution", "entry_point", "
 
 def load_humaneval(source: Source) -> list[dict]:
     rows = source.rows(*HUMANEVAL_FILE, HUMANEVAL_COLUMNS)
-    return [{column: row[column] for column in HUMANEVAL_COLUMNS} for row in rows]
+    items = [{column: row[column] for column in HUMANEVAL_COLUMNS} for row in rows]
+    return source.checked(items, lambda item: check_reference(item["prompt"] + item["canonical_solution"]))
+
+
+def check_reference(code: str) -> None:
+    """Raise ValueError for a reference solution that is no Python."""
+    if parse(code) is None:
+        raise ValueError(f"the reference solution is no Python: {code[-60:]!r}")
 
 
 def load_humaneval_plus(source: Source) -> list[dict]:
@@ -112,6 +113,7 @@ def load_humaneval_plus(source: Source) -> list[dict]:
         }
         for row in rows
     ]
+    source.checked(items, lambda item: check_reference(item["_reference"]))
     if "base_input" in rows[0]:
         return [{**item, **inputs_of(row)} for item, row in zip(items, rows, strict=True)]
     source.read.append(HUB_TESTS)
@@ -126,7 +128,7 @@ def load_mbpp_plus(source: Source) -> list[dict]:
     """EvalPlus' file, or the Hub's, which has no inputs: then its test column judges, and its asserts for base."""
     rows = source.rows(*MBPPPLUS_FILE, ("task_id", "prompt"))
     if "base_input" in rows[0]:
-        return [
+        items = [
             {
                 **{column: row[column] for column in ("task_id", "prompt", "entry_point")},
                 "_reference": row["prompt"] + row["canonical_solution"],
@@ -134,6 +136,8 @@ def load_mbpp_plus(source: Source) -> list[dict]:
             }
             for row in rows
         ]
+        return source.checked(items, lambda item: check_reference(item["_reference"]))
+    source.checked(rows, lambda row: called(row["code"], row["test_list"][0]))
     source.read.append(HUB_TESTS)
     return [
         {
@@ -153,9 +157,14 @@ def inputs_of(row: dict) -> dict[str, Any]:
 
 
 def called(code: str, test: str) -> str:
-    """The function of `code` that `test` calls."""
-    defined = {node.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef)}
-    return next(n.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name) and n.id in defined)
+    """The function of `code` that `test` calls. Raises ValueError where there is none."""
+    check_reference(code)
+    check_reference(test)
+    defined = {node.name for node in ast.walk(parse(code)) if isinstance(node, ast.FunctionDef)}
+    found = [n.id for n in ast.walk(parse(test)) if isinstance(n, ast.Name) and n.id in defined]
+    if not found:
+        raise ValueError(f"the test calls no function of the reference solution: {test[:60]!r}")
+    return found[0]
 
 
 MBPP_TEST, MBPP_SHOTS = range(11, 511), (2, 3, 4)
@@ -173,6 +182,7 @@ def load_mbpp(source: Source) -> list[dict]:
     ]
     before = "".join(f"{mbpp_question(row)}{row['code']}\n[DONE]\n\n" for row in shots)
     items = [{column: row[column] for column in MBPP_COLUMNS} for row in rows if row["task_id"] in MBPP_TEST]
+    source.checked(items, lambda item: called(item["code"], item["test_list"][0]))
     return [{**item, "_shots": before} for item in items]
 
 
@@ -222,7 +232,7 @@ def evalplus_job(item: dict, program: str) -> Job:
         "least": 4.0,
         "factor": 4.0,
     }
-    return Job("judge_inputs", data, seconds=60.0)
+    return Job("judge_inputs", data, seconds=60.0, spare=120.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,9 +277,10 @@ def summary(verdicts: list[dict], programs: list[str], metrics: dict[str, tuple[
     correct = {group: sum(v.get(group) == "passed" for v in verdicts) for group, _ in metrics.values()}
     return {
         **{name: pass_at_k(len(verdicts), correct[group], k) for name, (group, k) in metrics.items()},
-        "extracted": programs,
+        "extracted": programs if any(text.strip() for text in programs) else None,
         "verdicts": verdicts,
         "timeouts": sum(map(sandbox.timed_out, verdicts)),
+        "crashes": sum(v.get("crashed", False) for v in verdicts),
         "sandbox": "none" if unsafe else "bubblewrap",
     }
 

@@ -11,6 +11,7 @@ import builtins
 import collections
 import itertools
 import json
+import math
 import os
 import resource
 import signal
@@ -180,7 +181,7 @@ class Candidate:
 
     def __init__(self, sock):
         self.sock = sock
-        self.deadline = None  # of everything, on the monotonic clock
+        self.seconds = 0.0  # that it may still take
         self.failure = None
 
     def ready(self, timeout):
@@ -188,14 +189,22 @@ class Candidate:
         if receive(self.sock, time.monotonic() + timeout) != "ready":
             raise ValueError("the candidate's process is not what it should be")
 
-    def ask(self, verb, target, *rest, timeout=None):
-        limits = [self.deadline] if timeout is None else [self.deadline, time.monotonic() + timeout]
+    def ask(self, verb, target, *rest, timeout=math.inf):
+        """Have one thing done, in at most `timeout` and in all of the seconds that are left.
+
+        Raises:
+            Failed: there is no (good) answer, now and from now on.
+            Exception: what the program raised, if it is one of Python's own, else RuntimeError.
+        """
         if self.failure:
             raise Failed(self.failure)
+        message = [verb, target, *[encode(x, refuse) for x in rest]]
+        start = time.monotonic()
         try:
-            self.sock.settimeout(max(1e-3, min(t for t in limits if t) - time.monotonic()))
-            send(self.sock, [verb, target, *[encode(x, refuse) for x in rest]])
-            reply = receive(self.sock, min(t for t in limits if t))
+            self.sock.settimeout(max(1e-3, min(timeout, self.seconds)))
+            send(self.sock, message)
+            reply = receive(self.sock, start + min(timeout, self.seconds))
+            self.seconds -= time.monotonic() - start
             if "error" in reply:
                 name, text = reply["error"]
             else:
@@ -217,10 +226,10 @@ class Candidate:
             error = RuntimeError(str(text)[:300])
         raise error
 
-    def load(self, code, timeout=None):
+    def load(self, code, timeout=math.inf):
         self.ask("load", code, timeout=timeout)
 
-    def call(self, name, *args, timeout=None):
+    def call(self, name, *args, timeout=math.inf):
         return self.ask("call", name, list(args), {}, timeout=timeout)
 
 
@@ -276,10 +285,10 @@ def main(role, limits, fd, paths):
     exec(compile(job["judges"], "judges.py", "exec"), namespace)
     candidate = Candidate(sock)
     candidate.ready(job["patience"])
-    out.write("started\n")
+    print("started", file=out, flush=True)
     signal.signal(signal.SIGALRM, alarm)
-    signal.setitimer(signal.ITIMER_REAL, job["seconds"])
-    candidate.deadline = time.monotonic() + job["seconds"]
+    signal.setitimer(signal.ITIMER_REAL, job["seconds"] + job["spare"])
+    candidate.seconds = job["seconds"]
     json.dump(namespace[job["judge"]](candidate, job["data"]), out)
     out.flush()
 

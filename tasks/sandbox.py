@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import UserError
+from tasks import seccomp
 
 HERE = Path(__file__).parent
 NOBODY = 65534
@@ -63,7 +64,8 @@ class Job:
 
     judge: str
     data: dict[str, Any]
-    seconds: float  # wall time for everything after the start
+    seconds: float  # that the program may take in all, by the clock
+    spare: float = 5.0  # that the judge itself may take besides
     limits: Limits = field(default_factory=Limits)
 
 
@@ -111,9 +113,10 @@ def bubblewrap(limits: Limits) -> list[str]:
             words += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
         elif os.path.isdir(f"/{name}"):
             words += ["--ro-bind", f"/{name}", f"/{name}"]
+    words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]  # where libraries are, /usr/local's too
     words += [w for f in folders for w in ("--ro-bind", f, f)]
     words += [w for f in ("null", "zero", "random", "urandom") for w in ("--dev-bind", f"/dev/{f}", f"/dev/{f}")]
-    words += ["--size", str(limits.tmp_mib * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/", "--"]
+    words += ["--size", str(limits.tmp_mib * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
     return words
 
 
@@ -124,17 +127,21 @@ def start(role: str, job: Job, sock: socket.socket, folder: str | None, **stream
         "role": role,
         "fd": sock.fileno(),
         "paths": packages,
-        "limits": job.limits.rlimits(job.seconds),
+        "limits": job.limits.rlimits(job.seconds + job.spare * (role == "judge")),
     }
     python = [interpreter, "-s", "-S", "-P", "-B", "-c", (HERE / "inside.py").read_text(), json.dumps(arguments)]
-    return subprocess.Popen(
-        python if folder else bubblewrap(job.limits) + python,
-        cwd=folder,
-        env=ENVIRONMENT if folder else None,
-        pass_fds=[sock.fileno()],
-        start_new_session=True,
-        **streams,
-    )
+    if folder:
+        return subprocess.Popen(
+            python, cwd=folder, env=ENVIRONMENT, pass_fds=[sock.fileno()], start_new_session=True, **streams
+        )
+    words, fds = bubblewrap(job.limits), [sock.fileno()]
+    with contextlib.ExitStack() as files:
+        if filter := seccomp.program():
+            file = files.enter_context(open(os.memfd_create("seccomp"), "w+b", buffering=0))
+            file.write(filter)
+            file.seek(0)
+            words, fds = [*words, "--seccomp", str(file.fileno())], [*fds, file.fileno()]
+        return subprocess.Popen([*words, "--", *python], pass_fds=fds, start_new_session=True, **streams)
 
 
 def run(job: Job, unsafe: bool = False) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def run(job: Job, unsafe: bool = False) -> dict[str, Any]:
             try:
                 return json.loads(verdict)
             except ValueError:  # it ran out of memory or time: the fault of what the program sent
-                return {"base": "failed", "plus": "failed", "reason": f"the judge ended: {err[-200:]}"}
+                return {"base": "failed", "plus": "failed", "crashed": True, "reason": f"the judge ended: {err[-200:]}"}
     raise UserError(f"the sandbox did not start: {' '.join(err.split())[-300:] or 'it was silent'}")
 
 
@@ -161,6 +168,7 @@ def _run(job: Job, unsafe: bool) -> tuple[str, str]:
         "judge": job.judge,
         "data": job.data,
         "seconds": job.seconds,
+        "spare": job.spare,
         "patience": PATIENCE,
     }
     quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
@@ -175,7 +183,7 @@ def _run(job: Job, unsafe: bool) -> tuple[str, str]:
             judge = start("judge", job, other, folder, stdin=pipe, stdout=pipe, stderr=pipe)
             ends.callback(kill, judge)
         try:
-            out, err = judge.communicate(json.dumps(words).encode(), timeout=PATIENCE + job.seconds + 5)
+            out, err = judge.communicate(json.dumps(words).encode(), timeout=PATIENCE + job.seconds + job.spare + 5)
         except subprocess.TimeoutExpired as e:
             out, err = e.stdout or b"", b"did not end in time"
     return out.decode(errors="replace"), err.decode(errors="replace")
@@ -215,12 +223,12 @@ def timed_out(verdict: dict[str, Any]) -> bool:
 
 # What a program must not be able to do, each as an expression that is true where it can.
 PROBE = """
-import os, resource, signal, socket
+import mmap, os, signal, socket
 
 def can(f, *arguments):
     try:
         return bool(f(*arguments))
-    except (OSError, MemoryError, AttributeError):
+    except OSError:
         return False
 
 def connects(address):
@@ -257,7 +265,7 @@ def probe(canary, port, processes, memory, tmp):
         "use the network": can(connects, ("127.0.0.1", port)),
         "see the environment": "GMT_SANDBOX_CANARY" in os.environ or "PATH" in os.environ,
         "start many processes": can(forks, processes + 1),
-        "take much memory": can(bytearray, memory + 1),
+        "take much memory": can(mmap.mmap, -1, memory + 1),
         "be root": os.geteuid() == 0 and os.getuid() == 0 and can(os.setgroups, []),
     }.items() if found]
 """
@@ -292,7 +300,7 @@ def probe() -> str:
             "factor": 1,
         }
         try:
-            verdict = run(Job("judge_inputs", data, 20, limits))
+            verdict = run(Job("judge_inputs", data, seconds=20.0, limits=limits))
         except UserError as e:
             return str(e)
     return "" if verdict["base"] == "passed" else f"it does not hold: {verdict['reason']}"

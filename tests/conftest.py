@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -73,6 +74,20 @@ def needs_data(*files: str) -> pytest.MarkDecorator:
     """Skip a test where GMT_DATA_DIR has not these files."""
     missing = [f for f in files if not (DATA / f).exists()]
     return pytest.mark.skipif(bool(missing), reason=f"GMT_DATA_DIR names no folder with {', '.join(missing)}")
+
+
+def no_sandbox() -> str:
+    """Why this machine can have none, whatever tasks/sandbox.py does; empty if it can."""
+    missing = [program for program in ("bwrap", "setpriv") if not shutil.which(program)]
+    if missing:
+        return f"there is no {missing[0]}"
+    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    words += ["bwrap", "--unshare-all", "--unshare-user", "--ro-bind", "/usr", "/usr", "--symlink", "usr/lib", "/lib"]
+    words += ["--symlink", "usr/lib64", "/lib64", "/usr/bin/true"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stderr.strip()
+
+
+needs_sandbox = pytest.mark.skipif(bool(why := no_sandbox()), reason=f"no sandbox here: {why}")
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -50,7 +50,13 @@ SHAPES = {
         "tie_word_embeddings": True,
     }),
 }  # fmt: skip
-SHAPES["Qwen/Qwen2.5-Coder-0.5B"] = SHAPES["Qwen/Qwen2.5-0.5B"]
+SHAPES["Qwen/Qwen2.5-Coder-0.5B"] = SHAPES["Qwen/Qwen2.5-0.5B-Instruct"] = SHAPES["Qwen/Qwen2.5-0.5B"]
+SHAPES["allenai/tulu-2-7b"] = SHAPES["meta-llama/Llama-2-7b-hf"]
+SHAPES["allenai/tulu-2-13b"] = SHAPES["meta-llama/Llama-2-13b-hf"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 NO_BOS = ("Qwen",)  # the other tokenizers put one in front
 ROWS = {
     "meta-math/MetaMathQA": lambda i: {
@@ -66,15 +72,22 @@ ROWS = {
             {"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "" if i == 3 else "It."},
         ],
     },
+    "HuggingFaceH4/ultrafeedback_binarized": lambda i: {
+        "prompt": f"{i}?", "prompt_id": str(i), "messages": [], "score_chosen": 8.0, "score_rejected": 4.0,
+        **{
+            column: [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}]
+            for column, answer in (("chosen", "Yes."), ("rejected", "Yes." if i == 3 else "Never!"))
+        },
+    },
 }  # fmt: skip
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if re.match("math_|code_|general_", p.name))
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if re.match("math_|code_|general_|dpo_", p.name))
 
 
 def test_the_experiments_are_there():
     assert [p.stem for p in CONFIGS] == [
-        "code_deepseek_coder_6.7b", "code_mistral_7b", "code_qwen2.5_coder_0.5b", "general_llama2_13b",
-        "general_llama2_7b", "math_llama3.2_1b", "math_llama3_8b", "math_mistral_7b", "math_mistral_7b_1gpu",
-        "math_qwen2.5_0.5b",
+        "code_deepseek_coder_6.7b", "code_mistral_7b", "code_qwen2.5_coder_0.5b", "dpo_llama2_13b", "dpo_llama2_7b",
+        "dpo_qwen2.5_0.5b", "general_llama2_13b", "general_llama2_7b", "math_llama3.2_1b", "math_llama3_8b",
+        "math_mistral_7b", "math_mistral_7b_1gpu", "math_qwen2.5_0.5b",
     ]  # fmt: skip
 
 
@@ -101,6 +114,7 @@ def small(folder: Path, name: str) -> Path:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", 0)]
         )
+    tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -116,8 +130,10 @@ def test_two_steps(tmp_path, path, capsys):
     ])  # fmt: skip
     assert line["step"] == 2 and line["skipped_steps"] == 0 and 0.1 < line["kept_fraction"] < 0.21
     said = capsys.readouterr().out
-    assert f"{'11' if 'tulu' in settings['dataset'] else '12'} examples (0 cut" in said
-    assert ("'<bos>" in said) == (not settings["model"].startswith(NO_BOS)) and "<eos>'" in said
+    one_less = re.search("tulu|ultrafeedback", settings["dataset"])  # an empty message, equal answers
+    assert f"{'11' if one_less else '12'} examples (0 cut" in said
+    end = "<|im_end|>" if settings["template"] == "chat" else "<eos>"
+    assert ("'<bos>" in said) == (not settings["model"].startswith(NO_BOS)) and end in said
 
 
 # GiB that a run may plan with: what the card has, less 1.5 for CUDA, kernels in passing and the allocator's fragments
@@ -126,6 +142,7 @@ CARDS = {
     "math_qwen2.5_0.5b": 23.5,
     "math_llama3.2_1b": 23.5,
     "code_qwen2.5_coder_0.5b": 23.5,
+    "dpo_qwen2.5_0.5b": 23.5,
 }
 
 

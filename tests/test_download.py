@@ -99,24 +99,22 @@ def test_tasks_come_into_a_cache(tmp_path, monkeypatch, capsys):
     import datasets
 
     asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split, datasets.config.HF_DATASETS_CACHE))
+        if names[0] != "openai/gsm8k":
+            raise OSError("gone")
+        return datasets.Dataset.from_list([{"question": "?", "answer": "#### 1"}])
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-
-    def fetch(name, subset, split):
-        asked.append((name, subset, split, datasets.config.HF_DATASETS_CACHE))
-        if name == "EleutherAI/hendrycks_math" and subset == "geometry":
-            raise ConnectionError("cut")
-        rows = [
-            {"question": "q", "answer": "#### 1", "problem": "p", "level": "1", "type": "t", "solution": "\\boxed{1}"}
-        ]
-        return datasets.Dataset.from_list(rows)
-
-    monkeypatch.setattr(datasets, "load_dataset", fetch)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     download.main([str(tmp_path / "f"), "--tasks", "gsm8k"])
     assert asked == [("openai/gsm8k", "main", "test", tmp_path / "f" / "cache")]
-    with pytest.raises(UserError, match=r"^task hendrycks_math: dataset EleutherAI/hendrycks_math, split test: .*cut"):
-        download.main([str(tmp_path / "f"), "--tasks", "math"])
     assert f"HF_HUB_OFFLINE=1 HF_DATASETS_CACHE={tmp_path}/f/cache" in capsys.readouterr().out
+    with pytest.raises(UserError, match="hendrycks_math: dataset EleutherAI/hendrycks_math, split test: .*gone"):
+        download.main([str(tmp_path / "f"), "--tasks", "hendrycks_math", "math"])
+    assert len([a for a in asked if "main" in a]) == 2  # what can be fetched is
 
 
 def test_errors(tmp_path, hub):

@@ -277,3 +277,39 @@ def test_dry_run_knows_of_packing(tmp_path, train_args, capsys):
     train.main([*train_args(tmp_path / "run"), "--packing", "on", "--dry_run"])
     assert "packed if the model keeps examples apart" in capsys.readouterr().out
     parse(TrainConfig, train_args(tmp_path / "run"))
+
+
+def test_autocast_keeps_no_copies_of_the_weights(tmp_path, train_args, monkeypatch):
+    """Its cache would hold a 16-bit copy of every layer's weights to the end of a forward pass."""
+    seen, whole = [], losses.token_losses
+
+    def look(*args):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        return whole(*args)
+
+    monkeypatch.setattr(losses, "token_losses", look)
+    train.main(train_args(tmp_path / "run", "--max_steps", "1", "--mixed_precision", "bf16"))
+    assert set(seen) == {(True, False)}
+
+
+@pytest.mark.gpu
+def test_flash_attention_packs(tmp_path, train_args, capsys):
+    """The check finds examples kept apart, and the loss is that of length-sorted rows."""
+    pytest.importorskip("flash_attn")
+    more = ["--mixed_precision", "bf16", "--max_steps", "2"]
+    packed = train.main(train_args(tmp_path / "a", *more, "--attention", "flash_attention_2"))
+    assert "not packed" not in capsys.readouterr().out
+    assert packed["loss"] == pytest.approx(train.main(train_args(tmp_path / "b", *more))["loss"], rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_chunks_save_a_gpus_memory():
+    peaks = []
+    for chunk in (0, 256):
+        head = torch.nn.Linear(64, 100_000, bias=False, device="cuda")
+        hidden = torch.randn(4096, 64, device="cuda", requires_grad=True)
+        torch.cuda.reset_peak_memory_stats()
+        losses.token_losses(head, hidden, torch.zeros(4096, dtype=torch.long, device="cuda"), chunk).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        del head, hidden
+    assert peaks[1] < 0.3 * peaks[0]

@@ -8,6 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import mask_figure
+import report
+
+from config import UserError
 
 
 def counts(entries: int, kept: int, energy: float, energy_kept: float) -> dict:
@@ -31,14 +34,19 @@ def test_shares_by_layer_and_type(tmp_path):
     assert head["share_of_energy_kept"] == pytest.approx(0.2 / 0.7)
 
     (tmp_path / "run.json").write_text(json.dumps({"config": {"rule": "gmt", "keep_ratio": 0.2, "scope": "model"}}))
-    mask_figure.mask_figure(tmp_path, tmp_path / "masks.png")
+    report.main([str(tmp_path)])
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_masks_logged(tmp_path):
-    (tmp_path / "masks.jsonl").touch()
-    with pytest.raises(ValueError, match="log_masks_every"):
-        mask_figure.kept_by_place(tmp_path / "masks.jsonl")
+    path = tmp_path / "masks.jsonl"
+    for text, message in (
+        ("", "masks.jsonl: no line; log_masks_every"),
+        ("{}\n", "line 1: not a line that train.py's"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            mask_figure.kept_by_place(path)
 
 
 @pytest.mark.parametrize(

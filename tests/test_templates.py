@@ -47,8 +47,13 @@ def trained_text(tokenizer, ids, labels):
     return out + "】" * inside
 
 
+def encode_row(template, row, tokenizer):
+    (encoded,) = templates.encode(template, [templates.render(template, row, tokenizer)], tokenizer)
+    return encoded
+
+
 def encode(word, row, tokenizer):
-    return trained_text(tokenizer, *templates.encode_row(templates.TEMPLATES[word], row, tokenizer))
+    return trained_text(tokenizer, *encode_row(templates.TEMPLATES[word], row, tokenizer))
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -77,7 +82,7 @@ def test_apart_or_as_one_text(tokenizer):
     a, b = (tokenizer(x)["input_ids"][0] for x in "AB")
     for apart, expected in ((True, ([b, a, 1], [-100, a, 1])), (False, ([259, 1], [-100, 1]))):
         pair = templates.Pair(("p", "r"), lambda row: (row["p"], row["r"]), apart)
-        assert templates.encode_row(pair, {"p": "B", "r": "A"}, tokenizer) == expected
+        assert encode_row(pair, {"p": "B", "r": "A"}, tokenizer) == expected
 
 
 def test_prompt_and_response_as_they_are(tokenizer, model_dir):
@@ -128,7 +133,7 @@ def test_the_tokenizers_own_chat_template(model_dir):
     assert encode("chat", {"messages": turns("Hi", "Hello", "Bye")}, tokenizer) == "<bos>" + expected[: len(
         expected.partition("】")[0]
     )] + "】"  # fmt: skip
-    assert templates.encode_row(templates.TEMPLATES["chat"], {"messages": turns("Hi")}, tokenizer) == ([], [])
+    assert encode_row(templates.TEMPLATES["chat"], {"messages": turns("Hi")}, tokenizer) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -199,6 +204,21 @@ def test_bad_messages_in_parquet(tmp_path):
         sources.load_rows(str(tmp_path / "a.parquet"), ("messages",))
 
 
+def test_rows_together_are_encoded_as_one_by_one(tokenizer):
+    rows = [
+        {"messages": m, "prompt": p, "response": r, "query": p, "instruction": p}
+        for m, p, r in (
+            (turns("Hi", "Hello", "Bye", "Bye!"), "a\nb", "c"), (turns("a", "b"), "", "de<eos>"),
+            (turns("only this"), "x", "y" * 9),
+        )
+    ]  # fmt: skip
+    for word, template in templates.TEMPLATES.items():
+        if word != "chat":
+            rendered = [templates.render(template, row, tokenizer) for row in rows]
+            together = templates.encode(template, rendered, tokenizer)
+            assert together == [encode_row(template, row, tokenizer) for row in rows], word
+
+
 # --- a template in a run ---------------------------------------------------------------------------------------------
 
 
@@ -226,8 +246,7 @@ def test_segments_serve_a_prompt_and_one_answer(tokenizer):
     """What DPO needs: the same prompt with two answers, each encoded as the conversation that it would be."""
     prompt = turns("Hi")
     for answer in ("Hello", "Go away"):
-        ids, labels = templates.encode_segments(
-            templates.tulu([*prompt, {"role": ASSISTANT, "content": answer}], tokenizer), tokenizer
-        )
+        segments = templates.tulu([*prompt, {"role": ASSISTANT, "content": answer}], tokenizer)
+        ((ids, labels),) = templates.encode(templates.TEMPLATES["tulu"], [segments], tokenizer)
         assert trained_text(tokenizer, ids, labels) == f"<|user|>\nHi\n<|assistant|>\n【{answer}<eos>】"
     assert torch.tensor(ids).dtype == torch.int64
