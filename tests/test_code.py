@@ -346,6 +346,7 @@ def impatient(monkeypatch):
         return dataclasses.replace(job, data=data, seconds=1.0)
 
     run = sandbox.run
+    sandbox.probe()  # with its own limits; it is made once per process
     monkeypatch.setattr(sandbox, "run", lambda job, unsafe: run(shorter(job), unsafe))
 
 
