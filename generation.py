@@ -180,12 +180,14 @@ def choose(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]
     if not decoding.temperature:
         return logits.argmax(-1)
     p, order = torch.softmax(logits.double() / decoding.temperature, -1).sort(dim=-1, descending=True, stable=True)
-    before = p.cumsum(-1) - p
-    p = p.masked_fill(before >= decoding.top_p, 0.0)
+    p = p.masked_fill(p.cumsum(-1) - p >= decoding.top_p, 0.0)
+    # Drawn from in the vocabulary's order: in that of probabilities, which rounding changes where two are alike, the
+    # same number would mean another token in another batch.
+    p = torch.zeros_like(p).scatter_(-1, order, p)
     drawn = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(p.device)
     cumulative = p.cumsum(-1)
     place = torch.searchsorted(cumulative, (drawn[:, None] * cumulative[:, -1:]), right=True)
-    return order.gather(-1, place.clamp(max=p.shape[-1] - 1)).squeeze(-1)
+    return place.clamp(max=p.shape[-1] - 1).squeeze(-1)
 
 
 def _seed(text: str) -> int:

@@ -205,7 +205,9 @@ def test_gzip_array_parquet_and_folder(run, tmp_path):
 
 
 def test_lengths_and_token_ids(run, tmp_path):
-    with pytest.raises(UserError, match="none of the 70 examples has a token to train on within max_length 20"):
+    with pytest.raises(
+        UserError, match="none of the 70 examples can be trained on: 70 with no token to train on within max_length"
+    ):
         run(max_length=20)
     with pytest.raises(UserError, match="an example has 2.. tokens, the model's context is 100: lower max_length"):
         run(model=make_model(tmp_path / "short", max_position_embeddings=100))
