@@ -3,7 +3,6 @@
 import pytest
 from conftest import torchrun
 
-
 LONGER = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "shard"), (4, "shard"), (4, "hybrid"))]
 
 
