@@ -1,17 +1,13 @@
-"""What is minimised: SFT's cross-entropy, or DPO's preference loss with its reference log-probabilities.
+"""What is minimised: SFT's cross-entropy, or DPO's preference loss.
 
 An objective turns the model's output, the losses of a micro-batch's trained tokens, into a sum over the micro-batch's
 examples; train.py divides the step's sum by the step's count. So splits and processes do not change what is trained.
 """
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,7 +49,7 @@ class DPO:
     from the reference, estimated on answers that are not the policy's own), and the answers' tokens.
 
     Args:
-        reference: (n, 2) fp64, reference_logps of the examples.
+        reference: (n, 2) fp64, log-probabilities of the examples' answers under the reference, see reference.py.
         beta: strength of the tie to the reference.
         length_normalised: LN-DPO, see dpo_losses.
     """
@@ -110,38 +106,3 @@ def dpo_losses(policy: Tensor, reference: Tensor, beta: float, tokens: Tensor | 
     if tokens is not None:
         rewards = rewards / tokens
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
-
-
-def reference_logps(
-    examples: Examples,
-    micro_batches: Iterable[tuple[dict[str, Tensor], list[int]]],
-    model: Callable[..., Tensor],
-    reduce: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Log-probabilities of all answers under the model as it is now, before training: (n, 2) fp64 on the CPU.
-
-    Args:
-        micro_batches: those of this process, (inputs of the model, example ids); over all processes every example once.
-        reduce: sums a tensor over the processes.
-    """
-    logps = torch.zeros(len(examples), 2, dtype=torch.float64)
-    for inputs, ids in micro_batches:
-        tokens = torch.from_numpy(examples.sequence_trained[ids].reshape(-1, 2))
-        logps[ids] = sequence_logps(model(**inputs), tokens).cpu()
-    return reduce(logps)
-
-
-def save_reference(path: Path, logps: Tensor, fingerprint: str) -> None:
-    """Write reference_logps so that the file is either whole or not there."""
-    aside = path.with_name(path.name + ".aside")
-    save_file({"logps": logps}, aside, {"fingerprint": fingerprint})
-    aside.replace(path)
-
-
-def load_reference(path: Path, fingerprint: str) -> Tensor | None:
-    """What save_reference wrote; None where there is none of this fingerprint."""
-    try:
-        with safe_open(path, "pt") as f:
-            return f.get_tensor("logps") if (f.metadata() or {}).get("fingerprint") == fingerprint else None
-    except (OSError, SafetensorError):
-        return None

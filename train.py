@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import resource
@@ -30,6 +29,7 @@ import checks
 import gmt
 import interrupts
 import plan
+import reference
 import run_folder
 import templates
 from config import TrainConfig, UserError, nearest, parse, run_main
@@ -44,7 +44,7 @@ from data import (
 )
 from hub import from_pretrained, is_local
 from losses import give_loss
-from objectives import DPO, SFT, Objective, load_reference, reference_logps, save_reference
+from objectives import DPO, SFT, Objective
 from sources import data_files, load_all, split_cap
 from templates import TEMPLATES
 
@@ -111,11 +111,15 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     # --- what is minimised; DPO's reference is the model as it is now, before a checkpoint is loaded ------------------
     objective, objective_held_out = SFT(examples), SFT(held_out)
     if config.objective == "dpo":
-        mark = reference_fingerprint(config, examples, held_out, packed)
-        reference = find_reference(config, folder / run_folder.REFERENCE, mark, accelerator)
-        if reference is None:
-            reference = make_reference(config, model, examples, held_out, packed, accelerator)
-        splits = zip((examples, held_out), reference.split([len(examples), len(held_out)]), strict=True)
+        mark = reference.fingerprint(config, [examples, held_out], packed)
+        logps = reference.load(folder / run_folder.REFERENCE, mark, accelerator) if config.resume else None
+        if logps is None:
+            say("computing the reference's log-probabilities")
+            epoch = range(steps_per_epoch(len(examples), config.global_batch_size))
+            training = (m for step in epoch for m in step_batches(config, examples, step, packed, accelerator).micro)
+            evaluation = deal(config, held_out, np.arange(len(held_out)), packed, accelerator)
+            logps = reference.compute(model, [(examples, training), (held_out, evaluation)], accelerator)
+        splits = zip((examples, held_out), logps, strict=True)
         objective, objective_held_out = (DPO(*split, config.beta, config.length_normalised) for split in splits)
 
     # --- the run folder, and where to go on --------------------------------------------------------------------------
@@ -133,7 +137,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         say(f"this run is finished: {folder / 'final'} is there")
         return {}
     if config.objective == "dpo" and accelerator.is_main_process:
-        save_reference(folder / run_folder.REFERENCE, reference, mark)
+        reference.save(folder / run_folder.REFERENCE, logps, mark)
     log = run_folder.Log(folder, progress["step"], accelerator, config)
     line: dict[str, Any] = {}
 
@@ -505,40 +509,6 @@ def backward(model: torch.nn.Module, batches: Batches, objective: Objective, acc
             # DDP and FSDP2 average over the processes: undo that, since `count` already counts all of them
             accelerator.backward(loss * (accelerator.num_processes / count))
     return sums
-
-
-def reference_fingerprint(config: TrainConfig, examples: Examples, held_out: Examples, packed: bool) -> str:
-    """What DPO's reference log-probabilities depend on: the data, the model, how it computes."""
-    path = Path(config.model)
-    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.iterdir()) if path.is_dir() else []
-    how = [getattr(config, key) for key in ("model", "master_dtype", "mixed_precision", "attention", "seed")]
-    everything = [examples.fingerprint(), held_out.fingerprint(), files, how, packed]
-    return hashlib.sha256(repr(everything).encode()).hexdigest()
-
-
-def find_reference(config: TrainConfig, path: Path, fingerprint: str, accelerator: Accelerator) -> torch.Tensor | None:
-    """The reference log-probabilities that the run to be resumed has left, if every process sees them."""
-    found = load_reference(path, fingerprint) if config.resume else None
-    missing = torch.tensor(float(found is None), device=accelerator.device)
-    return None if accelerator.reduce(missing, "sum") > 0 else found
-
-
-def make_reference(
-    config: TrainConfig, model: torch.nn.Module, examples: Examples, held_out: Examples, packed: bool, accelerator
-) -> torch.Tensor:
-    """Log-probabilities of all answers, training ones before held-out ones, under the model as it is: (n, 2) fp64.
-
-    In the very micro-batches of the first epoch, so that at step 0 policy and reference agree to the last bit.
-    """
-    accelerator.print("computing the reference's log-probabilities")
-    steps = range(steps_per_epoch(len(examples), config.global_batch_size))
-    lists = [step_examples(len(examples), config.global_batch_size, config.seed, step) for step in steps]
-    training = (m for ids in lists for m in deal(config, examples, ids, packed, accelerator))
-    evaluation = deal(config, held_out, np.arange(len(held_out)), packed, accelerator)
-    reduce = lambda t: accelerator.reduce(t.to(accelerator.device), "sum").cpu()  # noqa: E731
-    with checks.looking_at(model):
-        of_training = reference_logps(examples, training, model, reduce)
-        return torch.cat([of_training, reference_logps(held_out, evaluation, model, reduce)])
 
 
 def whole(norm: torch.Tensor) -> float:

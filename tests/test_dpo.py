@@ -84,7 +84,9 @@ def test_losses_rewards_and_gradients_are_those_of_trl(normalised, tmp_path, pai
     batch = data.collate(examples, [[i] for i in ids])
     for model in (policy, reference):
         train.give_loss(model, 0)
-    logps = objectives.reference_logps(examples, [(batch, ids)], torch.no_grad()(reference), lambda t: t)
+    tokens = torch.from_numpy(examples.sequence_trained)
+    with torch.no_grad():
+        logps = objectives.sequence_logps(reference(**batch), tokens)
     loss, metrics = objectives.DPO(examples, logps, 0.3, normalised)(policy(**batch), ids)
     (loss / len(ids)).backward()
     ours = {name: p.grad for name, p in policy.named_parameters()}
@@ -193,8 +195,8 @@ def test_at_step_0_the_policy_is_the_reference_and_then_the_margin_grows(tmp_pat
     assert lines[-1]["eval_loss"] != math.log(2) and abs(lines[-1]["eval_loss"] - math.log(2)) < 0.2
     reward = lines[-1]["reward_chosen"] + lines[-1]["reward_rejected"]
     assert lines[-1]["implicit_kl"] == pytest.approx(reward / 2 / 0.1)
-    logps = load_file(tmp_path / "run" / "reference.safetensors")["logps"]
-    assert logps.shape == (12, 2) and (logps < 0).all()
+    logps = load_file(tmp_path / "run" / "reference.safetensors")
+    assert logps["0"].shape == (9, 2) and logps["1"].shape == (3, 2) and all((x < 0).all() for x in logps.values())
 
 
 def test_step_0_in_bf16(tmp_path, dpo_args):
@@ -240,8 +242,8 @@ def test_resume_is_bitwise_and_the_reference_is_not_computed_again(tmp_path, dpo
         m.setattr(train.run_folder.Log, "write", cut)
         with pytest.raises(Cut):
             train.main(dpo_args(tmp_path / "cut", *more))
-    made, make = [], train.make_reference
-    monkeypatch.setattr(train, "make_reference", lambda *args: made.append(1) or make(*args))
+    made, make = [], train.reference.compute
+    monkeypatch.setattr(train.reference, "compute", lambda *args: made.append(1) or make(*args))
     train.main(dpo_args(tmp_path / "cut", *more, "--resume"))
     assert not made
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
@@ -249,10 +251,11 @@ def test_resume_is_bitwise_and_the_reference_is_not_computed_again(tmp_path, dpo
     assert all(torch.equal(a[name], b[name]) for name in b)
     # a damaged file is computed anew, from the model that training began with
     (tmp_path / "cut" / "reference.safetensors").write_bytes(b"?")
-    whole = load_file(tmp_path / "whole" / "reference.safetensors")["logps"]
+    whole = load_file(tmp_path / "whole" / "reference.safetensors")
     (tmp_path / "cut" / "final" / "COMPLETED").unlink()
     train.main(dpo_args(tmp_path / "cut", *more, "--resume"))
-    assert made and torch.equal(load_file(tmp_path / "cut" / "reference.safetensors")["logps"], whole)
+    again = load_file(tmp_path / "cut" / "reference.safetensors")
+    assert made and all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_keys_of_dpo_change_the_training(tmp_path, dpo_args):
