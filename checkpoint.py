@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from config import UserError
+from run_folder import CARD
 
 COMPLETED, PROGRESS = "COMPLETED", "progress.json"
 
@@ -54,7 +55,7 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: s
         if accelerator.is_main_process:
             accelerator.unwrap_model(model).save_pretrained(aside, state_dict=weights)
             tokenizer.save_pretrained(aside)
-            (aside / "README.md").write_text(card, encoding="utf-8")
+            (aside / CARD).write_text(card, encoding="utf-8")
 
     _put_in_place(accelerator, folder, folder.with_name("checkpoints"), write, f"model {folder}")
 
@@ -108,7 +109,7 @@ def _together(accelerator: Accelerator, action: Callable[[], None]) -> None:
 
 def _seal(folder: Path) -> None:
     """Make the files durable and list their sizes and checksums in COMPLETED."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD)  # eval.py adds scores to the card
     with ThreadPoolExecutor() as threads:
         checksums = list(threads.map(_checksum, files))
     for path in files:

@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             new_scores = {job.name: judge(folder, job, options) for job in jobs}
             run_folder.write_json(folder / SCORES, {**old_scores, **new_scores})
             scores.print_table(new_scores)
+            if is_local(config.model):
+                run_folder.add_scores(Path(config.model), {**old_scores, **new_scores})
             return new_scores
     finally:
         if accelerator.num_processes == 1:  # as in train.py: the next call in this process starts afresh
@@ -272,6 +274,7 @@ def describe(config: EvalConfig, job: Job, prompts: list[list[int]]) -> dict[str
     """What an answer depends on; stored, and compared when a folder is used again."""
     task = job.task
     files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
+    files = [p for p in files if p.name != run_folder.CARD]  # which is given the scores below
     candidates = [task.candidates(item) for item in job.items] if task.candidates else []
     how = "log-probabilities" if task.candidates else "sampled" if task.temperature else "greedy"
     return {

@@ -25,6 +25,7 @@ from config import TrainConfig, UserError
 from hub import is_local
 
 RUN, METRICS, MASKS, REFERENCE = "run.json", "metrics.jsonl", "masks.jsonl", "reference.safetensors"
+CARD, _CARD_TITLE, _SCORES = "README.md", "# Fine-tuned with rule", "\nScores (eval.py):\n\n"
 LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
 
 
@@ -216,10 +217,27 @@ def model_card(config: TrainConfig, description: dict[str, Any], last: dict[str,
         "packages": ", ".join(f"{k} {v}" for k, v in description["versions"].items()),
     }
     return redact(
-        f"---\n{yaml.safe_dump(head)}---\n\n# Fine-tuned with rule `{config.rule}`\n\n"
+        f"---\n{yaml.safe_dump(head)}---\n\n{_CARD_TITLE} `{config.rule}`\n\n"
         + "".join(f"- {k}: {v}\n" for k, v in facts.items())
         + f"\nConfiguration (train.py):\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
     )
+
+
+def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
+    """Put eval.py's scores at the end of a model card that model_card made; other files are left alone."""
+    path = model / CARD
+    card = path.read_text(encoding="utf-8") if os.access(path, os.W_OK) else ""
+    if _CARD_TITLE not in card or not os.access(model, os.W_OK):
+        return
+    lines = [
+        f"| {entry['task']} | {entry['protocol']} | {metric} | {entry['n']} | {100 * value['score']:.2f} |\n"
+        for entry in scores.values()
+        for metric, value in entry["metrics"].items()
+    ]
+    head = "| task | protocol | metric | n | score, % |\n| --- | --- | --- | --- | --- |\n"
+    aside = path.with_name(path.name + ".aside")
+    aside.write_text(card.partition(_SCORES)[0] + _SCORES + head + "".join(lines), encoding="utf-8")
+    aside.replace(path)
 
 
 def _step(line: str) -> int | None:
