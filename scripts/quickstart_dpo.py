@@ -3,8 +3,8 @@
     python scripts/quickstart_dpo.py outputs/quickstart      # after scripts/quickstart.sh; a minute on 2 cores
 
 The policy and reference is the quickstart's model of rule none. Wrong answers have two neighbouring digits exchanged.
-Prints, for the rules none and gmt, the margin of the rewards and the accuracy on held-out problems, before and after. The
-margin grows; the accuracy falls somewhat: DPO lowers the wrong answers, and with them what they share with right ones.
+Prints, for the rules none and gmt, the margin of the rewards and the accuracy on held-out problems, before and after.
+The margin grows; the accuracy falls somewhat.
 """
 
 import contextlib
