@@ -55,11 +55,11 @@ def bootstrap(a: np.ndarray, b: np.ndarray, groups: list[str], seed: int = 0) ->
     rng = np.random.default_rng(seed)
     for name in sorted(set(groups)):
         d = (b - a)[names == name]
-        counts = rng.multinomial(len(d), np.full(len(d), 1 / len(d)), size=RESAMPLES) if len(d) < 2000 else None
-        if counts is None:  # large: one resample at a time
+        values, counts = np.unique(d, return_counts=True)  # verdicts have three: a draw of each item is one of counts
+        if len(values) < 2000:
+            means.append(rng.multinomial(len(d), counts / len(d), size=RESAMPLES) @ values / len(d))
+        else:  # large: one resample at a time
             means.append(np.array([d[rng.integers(len(d), size=len(d))].mean() for _ in range(RESAMPLES)]))
-        else:
-            means.append(counts @ d / len(d))
     low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
     return float(low), float(high)
 

@@ -103,7 +103,7 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
             ratios = [group.first.keep_ratio for group in line]
             each = [([r] * len(v), [100 * s for s in v]) for r, v in zip(ratios, points, strict=True) if len(v) > 1]
             y, y_error = [m for m, _ in means], [e for _, e in means]
-            curve = Curve(label, line[0].first.rule, ratios, y, None, y_error, each)
+            curve = Curve(label, line[0].first.rule, ratios, y, y_error=y_error, seeds=each)
             (without if ratios[0] is None else with_ratio).append(curve)
         if with_ratio:
             metric = first_metric(here[0], job)
@@ -136,9 +136,10 @@ def interval(group: Group, values: list[float], jobs: list[str]) -> tuple[float,
 
 
 def what_bars_are(groups: list[Group]) -> str:
+    """Two lines for a figure: what its points and intervals mean."""
     counts = sorted({len(group.runs) for group in groups})
     if counts[-1] == 1:
-        return "bars: 95 % intervals over the items, one training run each"
+        return "one training run each\nintervals: 95 %, over the items"
     seeds = f"{counts[-1]}" if counts[0] == counts[-1] else f"up to {counts[-1]}"
     alone = "; over the items where there is one run" if counts[0] == 1 else ""
-    return f"means over {seeds} seeds (pale points); bars: 95 % intervals over seeds{alone}"
+    return f"means over {seeds} seeds (each one pale)\nintervals: 95 %, over seeds{alone}"

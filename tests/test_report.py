@@ -35,6 +35,14 @@ def test_bootstrap_against_the_normal_approximation():
         assert high == pytest.approx((b - a).mean() + 1.96 * error, abs=0.15 * error)
 
 
+def test_bootstrap_of_verdicts_against_one_that_draws_every_item():
+    rng = np.random.default_rng(2)
+    a, b = (rng.random(200) < 0.5).astype(float), (rng.random(200) < 0.6).astype(float)
+    drawn = rng.integers(200, size=(10_000, 200))
+    low, high = np.percentile((b - a)[drawn].mean(1), [2.5, 97.5])
+    assert report.bootstrap(a, b, [""] * 200) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
+
+
 def test_bootstrap_over_groups_weighs_them_equally():
     a, groups = np.zeros(110), ["small"] * 10 + ["large"] * 100
     b = np.array([1.0] * 10 + [0.0] * 100)  # within a group nothing varies
