@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from report_figures import NAMES, Curve, forgetting_figure, loss_figure, sensitivity_figure, smooth
@@ -37,24 +38,30 @@ def draw(runs: list[Run], folder: Path, new: str, retained: list[str], sweep: bo
 
 
 def loss_panels(groups: list[Group]) -> dict[str, list[Curve]]:
-    """Training losses, smoothed over 2 % of the run; means over seeds where the same steps were logged."""
-    panels: dict[str, list[Curve]] = {}
-    groups = list({str(group.first.training): group for group in groups if group.first.rule != "drop"}.values())
-    groups = [group for group in groups if read_metrics(group.first)]
-    for group, label in zip(groups, labels(groups, NAMES), strict=True):
-        seeds = []
-        for run in group.runs:
-            lines = [line for line in read_metrics(run) if line.get("loss") is not None]
-            window = 1 + len(lines) // 50
-            seeds.append(([line["step"] for line in lines], smooth([line["loss"] for line in lines], window)))
-        by_step: dict[int, list[float]] = {}
-        for step, loss in (pair for steps, losses in seeds for pair in zip(steps, losses, strict=True)):
-            by_step.setdefault(step, []).append(loss)
-        shared = {step: losses for step, losses in sorted(by_step.items()) if len(losses) == len(seeds)}
-        mean = [sum(losses) / len(losses) for losses in shared.values()]
-        unit = {"dpo": "DPO loss (per pair)"}.get(group.first.config.get("objective"), "training loss (nats per token)")
-        panels.setdefault(unit, []).append(Curve(label, group.first.rule, list(shared), mean, seeds=seeds))
-    return panels
+    """{unit: curves} of the training losses, smoothed over 2 % of the run; means over seeds at steps that all logged."""
+    by_unit: dict[str, list[Group]] = {}
+    trained = {group.first.training: group for group in groups if group.first.rule != "drop"}  # once if scored twice
+    for group in trained.values():
+        if read_metrics(group.first):
+            dpo = group.first.config.get("objective") == "dpo"
+            unit = "DPO loss (nats per pair)" if dpo else "training loss (nats per token)"
+            by_unit.setdefault(unit, []).append(group)
+    return {
+        unit: [loss_curve(group, label) for group, label in zip(here, labels(here, NAMES), strict=True)]
+        for unit, here in by_unit.items()
+    }
+
+
+def loss_curve(group: Group, label: str) -> Curve:
+    seeds = []
+    for run in group.runs:
+        lines = [line for line in read_metrics(run) if line.get("loss") is not None]
+        window = 1 + len(lines) // 50
+        seeds.append(([line["step"] for line in lines], smooth([line["loss"] for line in lines], window)))
+    shared = sorted(set.intersection(*(set(steps) for steps, _ in seeds)))
+    at_step = [dict(zip(steps, losses, strict=True)) for steps, losses in seeds]
+    mean = [fmean(losses[step] for losses in at_step) for step in shared]
+    return Curve(label, group.first.rule, shared, mean, seeds=seeds)
 
 
 def draw_forgetting(groups: list[Group], new: str, retained: list[str], path: Path) -> None:
@@ -73,7 +80,7 @@ def draw_forgetting(groups: list[Group], new: str, retained: list[str], path: Pa
         x = group.values(x_job, first_metric(group, x_job))
         of_y = [group.values(job, first_metric(group, job)) for job in y_jobs]
         seeds = [seed for seed in x if all(seed in values for values in of_y)]
-        xs, ys = [x[s] for s in seeds], [sum(v[s] for v in of_y) / len(of_y) for s in seeds]
+        xs, ys = [x[s] for s in seeds], [fmean(v[s] for v in of_y) for s in seeds]
         (mean_x, x_error), (mean_y, y_error) = interval(group, xs, [x_job]), interval(group, ys, y_jobs)
         each = [([100 * a], [100 * b]) for a, b in zip(xs, ys, strict=True)]
         curves.append(Curve(label, group.first.rule, [mean_x], [mean_y], [x_error], [y_error], each))

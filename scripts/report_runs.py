@@ -88,8 +88,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
     """
     folders = list(dict.fromkeys(folders))
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    # A model that was scored outside of a run's folder, and from which other runs here begin, is their base.
-    started_from = {_resolved(run.config["model"]) for run in runs if run.config}
+    # A model that was scored outside of a run's folder, and that other runs here fine-tune, is their base.
+    started_from = {_resolved(run.config["model"]) for run in runs if run.config.get("objective") == "sft"}
     for run in runs:
         scored = {_resolved(entry.get("model", "")) for entry in run.scores.values()}
         if run.training != run.folder.parent and not run.drop and scored & started_from:
