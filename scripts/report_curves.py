@@ -21,9 +21,11 @@ def draw(runs: list[Run], folder: Path, new: str, retained: list[str], sweep: bo
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     models = list(dict.fromkeys(run.model for run in runs))
-    for model in models:
+    names = [Path(model).name for model in models]
+    for model, name in zip(models, names, strict=True):
         part = [run for run in runs if run.model == model]
-        end = "_" + re.sub(r"\W+", "_", Path(model).name) if len(models) > 1 else ""
+        unique = name if names.count(name) == 1 else model.strip("/")
+        end = "_" + re.sub(r"[^\w.-]+", "_", unique) if len(models) > 1 else ""
         if panels := loss_panels(group_runs(part)):
             loss_figure(panels, folder / f"loss{end}")
             drawn.append(folder / f"loss{end}")
@@ -38,7 +40,7 @@ def draw(runs: list[Run], folder: Path, new: str, retained: list[str], sweep: bo
 
 
 def loss_panels(groups: list[Group]) -> dict[str, list[Curve]]:
-    """{unit: curves} of the training losses, smoothed over 2 % of the run; means over seeds at steps that all logged."""
+    """{unit: curves} of the training losses, smoothed over 2 % of a run; means over seeds, at steps that all logged."""
     by_unit: dict[str, list[Group]] = {}
     trained = {group.first.training: group for group in groups if group.first.rule != "drop"}  # once if scored twice
     for group in trained.values():

@@ -68,8 +68,8 @@ class Group:
         return {seed: value["score"] for seed, value in found.items() if value}
 
     def standard_error(self, job: str, metric: str) -> float:
-        """Of the first run, over the items; 0 where scores.json has none."""
-        return self.first.scores[job]["metrics"][metric]["standard_error"] or 0.0
+        """Over the items, of the first run that has the score; 0 where scores.json has none."""
+        return next(r.scores[job]["metrics"][metric]["standard_error"] or 0.0 for r in self.runs if job in r.scores)
 
 
 def mean_interval(values: list[float]) -> tuple[float, float | None]:

@@ -195,6 +195,31 @@ def test_what_the_figures_show(folders, tmp_path, drawn):
     assert [c.label for c in levels] == ["base model", "none (SFT)"]
 
 
+def test_base_models_have_figures_of_their_own(tmp_path, drawn):
+    made = []
+    for model in (BASE, "a/final", "b/final"):
+        name = model.replace("/", "_")
+        training(tmp_path / name / "gmt_seed0", "gmt", 0, 0.2, model=model)
+        made.append(scored(tmp_path / name / "gmt_seed0" / "eval", 0.5, 0.5))
+    paths = report_curves.draw(report_runs.read_runs(made), tmp_path, "", [], sweep=True)
+    assert [path.name for path in paths] == [
+        "loss_base-7b", "sweep_base-7b", "loss_a_final", "sweep_a_final", "loss_b_final", "sweep_b_final",
+    ]  # fmt: skip
+
+
+def test_a_seed_without_a_task(folders, tmp_path, drawn):
+    path = tmp_path / "gmt_seed0" / "eval" / "scores.json"
+    scores = json.loads(path.read_text())
+    del scores[SCORES[1]]
+    path.write_text(json.dumps(scores))
+    runs = report_runs.read_runs(folders)
+    rows = table(report.report(runs), "Means over training seeds")
+    assert rows["gmt"][f"{SCORES[1]} correct"].startswith("51.50 ± ")  # of seeds 1 and 2
+    report_curves.draw(runs, tmp_path, "gsm8k", ["mmlu"], sweep=True)
+    ((curves, *_),) = drawn["forgetting_figure"]
+    assert curves[2].x == [pytest.approx(63)] and len(curves[2].seeds) == 2
+
+
 def test_seeds_that_have_logged_other_steps(folders, tmp_path):
     lines = (tmp_path / "none_seed1" / "metrics.jsonl").read_text().splitlines()[:60]
     cut = [*lines, '{"step": 61, "lo']  # a run that goes on, cut in the middle of a line
