@@ -3,7 +3,7 @@
     bash scripts/study.sh                          # STUDY=small: about an hour on 2 cores; results in results/
 
 Base models are trained from scratch on old skills, then fine-tuned on a new one, arithmetic or code (study_data.py), by
-each rule, with the same train.py and eval.py that train and score 7B models. Three parts, one line of runs.jsonl per run:
+each rule, with the same train.py and eval.py that train and score 7B models. Three parts, a line of runs.jsonl per run:
 
     rates       every rule at five learning rates, scored on validation problems
     seeds       every rule at the rate that part chose, 16 seeds (sample of the data, order, base), on test problems
@@ -22,7 +22,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -36,6 +36,7 @@ import torch
 from quickstart_data import OLD_SKILLS, save_random_model, write
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import eval as evaluation
 import run_folder
@@ -54,7 +55,7 @@ RULES = {  # what the command line of train.py gets; drop masks the task vector 
     "gmt_frozen": ["--rule", "gmt", "--masked_weights", "frozen"],
     "drop": ["--rule", "none"],
 }
-KEEPING = ("rmt", "gmt", "gmt_frozen", "drop")  # rules with a keep_ratio
+KEEPING = ("rmt", "gmt", "gmt_frozen", "drop")  # the rules with a keep_ratio
 KEEP_RATIO = 0.2
 
 
@@ -80,10 +81,10 @@ RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 KEEP_RATIOS = (0.05, 0.1, 0.4, 0.6, 0.8, 1.0)  # and KEEP_RATIO
 SCALES = {
     "tiny": Scale(1, 30, 64, 4, RATES[:2], 1, 3, (0.5,), 1, {"old": 4, "times": 4, "code": 2}, 32, 1),
-    "small": Scale(4, 1500, 1000, 150, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 100, "times": 200, "code": 100}),
-    "large": Scale(
-        4, 3000, 4000, 600, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 200, "times": 400, "code": 200}, hidden=256, layers=10
+    "small": Scale(
+        4, 1200, 1000, 100, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 100, "times": 200, "code": 100}, hidden=96
     ),
+    "large": Scale(4, 3000, 4000, 600, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 200, "times": 400, "code": 200}, 256, 10),
 }
 
 
@@ -109,9 +110,10 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def one_thread() -> None:
+def set_up_worker() -> None:
     """Runs share the cores: one thread each."""
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
 
 
 def make_base(index: int, scale: Scale, folder: Path) -> None:
@@ -127,56 +129,59 @@ def make_base(index: int, scale: Scale, folder: Path) -> None:
         train.main([
             "--model", str(folder / f"random{index}"), "--dataset", str(folder / "data" / f"base{index}.jsonl"),
             "--output_dir", str(run), "--rule", "none", "--learning_rate", "2e-3", "--warmup_ratio", "0.02",
-            "--max_steps", str(scale.base_steps), "--global_batch_size", "64", "--seed", str(index), "--log_every", "50",
-            *COMMON,
+            "--max_steps", str(scale.base_steps), "--global_batch_size", "64", "--seed", str(index), *COMMON,
         ])  # fmt: skip
-    scores = score(folder, run / "final", "test", "times", folder / "logs" / f"base{index}.log")
+        scores = {task: score(folder, run / "final", "test", task) for task in study_data.TASKS}
     run_folder.write_json(run / "scores.json", scores)
 
 
 COMMON = ["--max_length", "128", "--micro_batch_tokens", "4096", "--mixed_precision", "fp32", "--overwrite"]
+COMMON += ["--log_every", "50"]
 
 
-def make(run: Run, scale: Scale, folder: Path) -> dict:
-    """Fine-tune, score; the line of runs.jsonl."""
+def make(run: Run, scale: Scale, folder: Path) -> list[dict]:
+    """Fine-tune, score; the lines of runs.jsonl: a model of rule none is scored, then dropped and scored again."""
     base, here, log = folder / f"base{run.seed % scale.bases}" / "final", folder / "runs" / run.name, folder / "logs"
     rows = folder / "data" / f"{run.name}.jsonl"
     write(rows, study_data.training_rows(run.task, scale.rows, seed=run.seed))
     shutil.rmtree(here, ignore_errors=True)
     words = [*RULES[run.rule]]
-    if run.rule in KEEPING and run.rule != "drop":
+    if run.rule in ("rmt", "gmt", "gmt_frozen"):
         words += ["--keep_ratio", str(run.keep_ratio)]
+    split = "validation" if run.part == "rates" else "test"
     with logged(log / f"{run.name}.log"):
         line = train.main([
             "--model", str(base), "--dataset", str(rows), "--output_dir", str(here), "--seed", str(run.seed),
             "--template", study_data.TEMPLATES[run.task], "--learning_rate", str(run.learning_rate), *words,
             "--max_steps", str(scale.steps), "--global_batch_size", "32", "--warmup_ratio", "0.03", *COMMON,
         ])  # fmt: skip
-        tuned = here / "final"
-        if run.rule == "drop":
-            dropped = here / "dropped"
+        tuned = {run: here / "final"}
+        if run.rule in ("none", "drop"):
+            dropped = replace(run, rule="drop", keep_ratio=KEEP_RATIO)
+            tuned[dropped] = here / "dropped" / "final"
             drop.main([
-                "--base", str(base), "--tuned", str(tuned), "--output_dir", str(dropped), "--keep_ratio",
-                str(run.keep_ratio),
+                "--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(tuned[dropped]),
+                "--keep_ratio", str(KEEP_RATIO),
             ])  # fmt: skip
-            tuned = dropped
-    scores = score(folder, tuned, "validation" if run.part == "rates" else "test", run.task, log / f"{run.name}.log")
+        lines = []
+        for this, model in tuned.items():
+            scores = score(folder, model, split, run.task)
+            lines.append({**asdict(this), "base": run.seed % scale.bases, **scores, "train_loss": line["loss"]})
     shutil.rmtree(here)
     rows.unlink()
-    return {**asdict(run), "base": run.seed % scale.bases, **scores, "train_loss": line["loss"]}
+    return lines
 
 
-def score(folder: Path, model: Path, split: str, task: str, log: Path) -> dict[str, float]:
+def score(folder: Path, model: Path, split: str, task: str) -> dict[str, float]:
     """Accuracy and negative log-likelihood (nats per trained token) on the new skill and on the old ones."""
     out, data = model.parent / "eval", folder / "data"
     tasks = {"gsm8k": data / f"skills_{split}.jsonl"}
     if task == "code":
         tasks["humaneval"] = data / f"code_{split}.jsonl"
-    with logged(log):
-        evaluation.main([
-            "--model", str(model), "--output_dir", str(out), "--dtype", "float32", "--batch_size", "100", "--workers",
-            "1", "--tasks", *(f"{name}={file}" for name, file in tasks.items()),
-        ])  # fmt: skip
+    evaluation.main([
+        "--model", str(model), "--output_dir", str(out), "--dtype", "float32", "--batch_size", "100", "--workers", "1",
+        "--tasks", *(f"{name}={file}" for name, file in tasks.items()),
+    ])  # fmt: skip
     skills = [json.loads(line)["skill"] for line in tasks["gsm8k"].read_text().splitlines()]
     verdicts = [json.loads(line) for line in (out / "gsm8k.metamath.jsonl").read_text().splitlines()]
     correct = {skill: [v["correct"] for v in verdicts if skills[v["id"]] == skill] for skill in set(skills)}
@@ -242,6 +247,7 @@ def runs_of_rates(scale: Scale) -> list[Run]:
         for task in study_data.TASKS
         for rule in RULES
         for rate in scale.rates
+        if rule != "drop"  # made of none's models
     ]
 
 
@@ -251,6 +257,7 @@ def runs_at_chosen_rates(scale: Scale, lines: list[dict]) -> list[Run]:
         Run("seeds", task, rule, rate, KEEP_RATIO if rule in KEEPING else None, seed)
         for seed in range(scale.seeds)
         for (task, rule), rate in rates.items()
+        if rule != "drop" or rate != rates[task, "none"]
     ]
     sweep = [
         Run("keep_ratio", task, "gmt", rates[task, "gmt"], keep_ratio, seed)
@@ -262,9 +269,11 @@ def runs_at_chosen_rates(scale: Scale, lines: list[dict]) -> list[Run]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of runs.jsonl; a last one that was cut is left out."""
+    """The lines of runs.jsonl; a last one that was cut is taken away."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    if lines and not lines[-1].endswith("\n"):
+        path.write_text("".join(lines := lines[:-1]))
+    return [json.loads(line) for line in lines]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -285,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         run_folder.write_json(about, description)
 
     study_data.main(folder, scale.problems)
-    workers = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), one_thread)
+    workers = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), set_up_worker)
     with workers as pool:
         bases = [pool.submit(make_base, i, scale, folder) for i in range(scale.bases)]
         for done in tqdm(as_completed(bases), "bases", len(bases), unit="model"):
@@ -298,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
             futures = [pool.submit(make, run, scale, folder) for run in todo]
             for done in tqdm(as_completed(futures), part.__name__, len(futures), unit="run"):
                 with open(results / "runs.jsonl", "a") as f:
-                    f.write(json.dumps(done.result()) + "\n")
+                    f.writelines(json.dumps(line) + "\n" for line in done.result())
 
 
 if __name__ == "__main__":
