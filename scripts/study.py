@@ -80,11 +80,22 @@ class Scale:
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 KEEP_RATIOS = (0.05, 0.1, 0.4, 0.6, 0.8, 1.0)  # and KEEP_RATIO
 SCALES = {
-    "tiny": Scale(1, 30, 64, 4, RATES[:2], 1, 3, (0.5,), 1, {"old": 4, "times": 4, "code": 2}, 32, 1),
-    "small": Scale(
-        4, 1200, 1000, 100, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 100, "times": 200, "code": 100}, hidden=96
+    "tiny": Scale(1, 30, 64, 4, RATES[:2], 1, 3, (0.5,), 1, {"old": 4, "digits": 4, "code": 2}, 32, 1),
+    "small": Scale(4, 1400, 1000, 100, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 60, "digits": 150, "code": 60}, hidden=96),
+    "large": Scale(
+        4,
+        3000,
+        4000,
+        600,
+        RATES,
+        4,
+        16,
+        KEEP_RATIOS,
+        8,
+        {"old": 200, "digits": 400, "code": 200},
+        hidden=256,
+        layers=10,
     ),
-    "large": Scale(4, 3000, 4000, 600, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 200, "times": 400, "code": 200}, 256, 10),
 }
 
 
@@ -123,12 +134,11 @@ def make_base(index: int, scale: Scale, folder: Path) -> None:
         return
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     save_random_model(folder / f"random{index}", tokenizer, index, scale.hidden, scale.layers)
-    rows = [row for skill in OLD_SKILLS for row in study_data.training_rows(skill, 8000, seed=index)]
-    write(folder / "data" / f"base{index}.jsonl", rows)
+    write(folder / "data" / f"base{index}.jsonl", study_data.base_rows(8000, seed=index))
     with logged(folder / "logs" / f"base{index}.log"):
         train.main([
             "--model", str(folder / f"random{index}"), "--dataset", str(folder / "data" / f"base{index}.jsonl"),
-            "--output_dir", str(run), "--rule", "none", "--learning_rate", "2e-3", "--warmup_ratio", "0.02",
+            "--output_dir", str(run), "--template", "prompt_response", "--rule", "none", "--learning_rate", "2e-3", "--warmup_ratio", "0.02",
             "--max_steps", str(scale.base_steps), "--global_batch_size", "64", "--seed", str(index), *COMMON,
         ])  # fmt: skip
         scores = {task: score(folder, run / "final", "test", task) for task in study_data.TASKS}

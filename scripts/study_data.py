@@ -1,12 +1,13 @@
-"""The study's world: base models' old skills, and two new ones, arithmetic and code, as generated problems.
+"""The study's world: the base models' old skills, and two new ones, arithmetic and code, as generated problems.
 
     python scripts/study_data.py outputs/study      # what scripts/study.py does first
 
-Old skills (the base models learn them) are the quickstart's: addition, subtraction, reversal. The new ones:
+Old skills (the base models learn them) are the quickstart's: addition, subtraction, reversal; they also see functions
+of one operation, such as "twice x" or "the larger of x and y". The new ones:
 
-    times   Ann has 7 bags of 34 figs. How many in all?        in MetaMathQA's columns, scored as GSM8K is
-    code    def f(x, y): the larger of x plus 3 and twice y    in columns prompt, response, scored as HumanEval is,
-                                                               by running the program in the sandbox
+    digits  "Ann adds up the digits of 3852. What is the sum?" in MetaMathQA's columns, scored as GSM8K is
+    code    "Return the larger of x plus 3 and twice y." in columns prompt and response, scored as HumanEval is, by
+            running the program in the sandbox
 
 Every pattern of operands, and every function, is in one split only: train, validation or test.
 """
@@ -15,21 +16,26 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from quickstart_data import ANSWER, NAMES, OLD_SKILLS, THINGS, THINK, make_tokenizer, problem, split_of, write
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from quickstart_data import ANSWER, NAMES, OLD_SKILLS, THINK, make_tokenizer, problem, split_of, write
 
-TASKS = ("times", "code")
-TEMPLATES = {"times": "metamath", "code": "prompt_response"}
+from templates import ALPACA
+
+TASKS = ("digits", "code")
+TEMPLATES = {"digits": "metamath", "code": "prompt_response"}
 ARGUMENTS = ("x", "y", "z")
 CHECKS = 6  # calls that a program has to answer
 
 
-def times(rng: random.Random) -> tuple[str, str, int]:
-    """(question, reasoning, answer) of a product of one digit and two."""
-    name, thing, a, b = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 9), rng.randint(12, 99)
-    tens, ones = b // 10 * 10 * a, b % 10 * a
-    reasoning = f"{a}*{b // 10 * 10}={tens}. {a}*{b % 10}={ones}. {tens}+{ones}={a * b}."
-    return f"{name} has {a} bags of {b} {thing}. How many in all?", reasoning, a * b
+def digits(rng: random.Random) -> tuple[str, str, int]:
+    """(question, reasoning, answer) of a sum of four digits."""
+    name, figures = rng.choice(NAMES), [rng.randint(1, 9) for _ in range(4)]
+    so_far, steps = figures[0], []
+    for figure in figures[1:]:
+        steps.append(f"{so_far}+{figure}={so_far + figure}.")
+        so_far += figure
+    number = "".join(map(str, figures))
+    return f"{name} adds up the digits of {number}. What is the sum?", " ".join(steps), so_far
 
 
 def operand(rng: random.Random) -> tuple[str, str]:
@@ -41,14 +47,20 @@ def operand(rng: random.Random) -> tuple[str, str]:
     ])  # fmt: skip
 
 
-def function(rng: random.Random) -> tuple[str, str, str]:
-    """(name, prompt, body) of a small function of x, y and z."""
+def function(rng: random.Random, simple: bool = False) -> tuple[str, str, str]:
+    """(name, prompt, body) of a small function of x, y and z; a simple one changes one argument or joins two."""
     (a, left), (b, right) = operand(rng), operand(rng)
-    words, expression = rng.choice([
-        (f"the sum of {a} and {b}", f"{left} + {right}"), (f"the difference of {a} and {b}", f"{left} - {right}"),
-        (f"the product of {a} and {b}", f"{left} * {right}"), (f"the larger of {a} and {b}", f"max({left}, {right})"),
-        (f"the smaller of {a} and {b}", f"min({left}, {right})"), (f"whether {a} is below {b}", f"{left} < {right}"),
-    ])  # fmt: skip
+    if simple and rng.random() < 0.5:
+        words, expression = a, left
+    else:
+        if simple:
+            a = left = rng.choice(ARGUMENTS)
+            b = right = rng.choice(ARGUMENTS)
+        words, expression = rng.choice([
+            (f"the sum of {a} and {b}", f"{left} + {right}"), (f"the difference of {a} and {b}", f"{left} - {right}"),
+            (f"the product of {a} and {b}", f"{left} * {right}"), (f"the larger of {a} and {b}", f"max({left}, {right})"),
+            (f"the smaller of {a} and {b}", f"min({left}, {right})"), (f"whether {a} is below {b}", f"{left} < {right}"),
+        ])  # fmt: skip
     name = rng.choice(["f", "g", "solve", "compute"])
     return name, f'def {name}({", ".join(ARGUMENTS)}):\n    """Return {words}."""\n    return', f" {expression}"
 
@@ -57,7 +69,7 @@ def word_problems(skill: str, split: str, n: int, seed: int) -> list[tuple[str, 
     """n different word problems of one skill and split."""
     rng, found = random.Random(f"{skill} {split} {seed}"), {}
     while len(found) < n:
-        question, reasoning, answer = times(rng) if skill == "times" else problem(skill, rng)
+        question, reasoning, answer = digits(rng) if skill == "digits" else problem(skill, rng)
         if split_of(reasoning) == split:
             found[question] = (question, reasoning, answer)
     return list(found.values())
@@ -81,6 +93,15 @@ def training_rows(skill: str, n: int, seed: int, split: str = "train") -> list[d
         {"query": q, "response": f"{THINK} {r}{ANSWER}{a}", "type": skill}
         for q, r, a in word_problems(skill, split, n, seed)
     ]
+
+
+def base_rows(n: int, seed: int) -> list[dict]:
+    """What a base model learns, in columns prompt and response: n problems of each old skill, and n simple functions."""
+    rows = [row for skill in OLD_SKILLS for row in training_rows(skill, n, seed)]
+    rows = [{"prompt": ALPACA.format(instruction=row["query"]), "response": row["response"]} for row in rows]
+    rng = random.Random(f"simple {seed}")
+    simple = (function(rng, simple=True) for _ in range(n))
+    return rows + [{"prompt": prompt, "response": body} for _, prompt, body in simple]
 
 
 def problems(skill: str, split: str, n: int) -> list[dict]:
@@ -110,12 +131,12 @@ def main(folder: Path, sizes: dict[str, int]) -> None:
     """Write what all runs share: data/{skills,code}_{validation,test}.jsonl and the tokenizer.
 
     Args:
-        sizes: problems per skill and split: "old", "times", "code".
+        sizes: problems per skill and split: "old", "digits", "code".
     """
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     for split in ("validation", "test"):
-        skills = {"times": sizes["times"], **dict.fromkeys(OLD_SKILLS, sizes["old"])}
+        skills = {"digits": sizes["digits"], **dict.fromkeys(OLD_SKILLS, sizes["old"])}
         write(data / f"skills_{split}.jsonl", [row for s, n in skills.items() for row in problems(s, split, n)])
         write(data / f"code_{split}.jsonl", problems("code", split, sizes["code"]))
         for skill in (*OLD_SKILLS, *TASKS):  # their answers, whose likelihood is taken

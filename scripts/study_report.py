@@ -1,11 +1,12 @@
-"""The study's report: results/README.md, its tables as CSV and its figures, from runs.jsonl (scripts/report.py results).
+"""The study's report: README.md, its tables as CSV and its figures, from runs.jsonl (scripts/report.py results).
 
 What counts as an answer is fixed here, whichever way it falls: a difference is one if its p-value, corrected by Holm
-over all comparisons of its question, is below 0.05; keep_ratio does not matter if the 95 % interval of each difference
-from keep_ratio 0.2 lies within MARGIN; all else this study cannot tell.
+over all comparisons of its question, is below 0.05; keep_ratio (below 1) does not matter if the 95 % interval of each
+difference from keep_ratio 0.2 lies within MARGIN; all else this study cannot tell.
 """
 
 import csv
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from study import KEEP_RATIO, RULES, choose_rate, read_lines
 
 LEVEL, MARGIN = 0.05, 0.05  # MARGIN: of accuracy, 5 points
 MATCHED = 0.9  # forgetting is compared where a rule's new skill is this share of the best that SFT reaches
-SKILLS = {"times": "arithmetic (products of one digit and two)", "code": "code (small Python functions)"}
+SKILLS = {"digits": "arithmetic (sums of digits)", "code": "code (small Python functions)"}
 METRICS = ("new", "retained", "new_nll", "retained_nll")
 Lines = list[dict]
 
@@ -75,17 +76,18 @@ def header(lines: Lines, about: dict) -> str:
     )
     return f"""# The paper's claims in miniature
 
-Written by `python scripts/report.py {Path("results").name}` from [runs.jsonl](runs.jsonl), a line per run ({counts}), made by
+Written by `python scripts/report.py` from [runs.jsonl](runs.jsonl), a line per run ({counts}), made by
 `{about["command"]}` of commit {about["git_commit"]}
 with torch {about["versions"]["torch"]} on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}).
 
-{scale["bases"]} base models (Llamas of width {scale["hidden"]} and {scale["layers"]} layers, from random weights) learn addition,
-subtraction and reversal of digits in word problems. Each fine-tuning takes {scale["steps"]} steps of 32 of
-{scale["rows"]:,} problems of a new skill: {" or ".join(SKILLS.values())}. Each rule's learning rate is the one of
-{len(scale["rates"])} with the best mean accuracy on the new skill's validation problems over {scale["tuning_seeds"]} seeds of
-their own; the criterion was fixed before the runs. Then {scale["seeds"]} seeds at that rate (other sample, order, and base
-model in turn), on test problems. keep_ratio is {KEEP_RATIO} but where it is varied; drop masks the task vector of the model
-of rule none by magnitude. ± is the 95 % interval over seeds (Student's t). Retained: mean accuracy on the three old skills.
+{scale["bases"]} base models (Llamas of width {scale["hidden"]} and {scale["layers"]} layers, from random weights) learn
+addition, subtraction and reversal of digits in word problems, and functions of one operation. Each fine-tuning takes {scale["steps"]} steps of 32 of
+{scale["rows"]:,} problems of a new skill: {" or ".join(SKILLS.values())}.
+Each rule's learning rate is the one of {len(scale["rates"])} with the best mean accuracy on the new skill's validation
+problems over {scale["tuning_seeds"]} seeds of their own; the criterion was fixed before the runs. Then {scale["seeds"]}
+seeds at that rate (other sample and order, the base models in turn), on test problems. keep_ratio is {KEEP_RATIO} but
+where it is varied; drop masks the task vector of the model of rule none by magnitude. ± is the 95 % interval over seeds
+(Student's t). Retained: mean accuracy on the three old skills.
 
 **Small models on generated problems: what holds here need not hold for a 7B model, nor what fails.**
 """
@@ -150,7 +152,7 @@ def comparison_table(lines: Lines, tasks: list[str]) -> str:
     for c in comparisons(lines, tasks):
         cells = rows[c["task"], c["first"], c["other"]]
         cells += [f"{100 * c['mean']:+.1f} ± {100 * c['half']:.1f}", f"{c['corrected']:.2g}"]
-    out += [f"| {t} | {NAMES[a]} − {NAMES[b]} | {' | '.join(cells)} |" for (t, a, b), cells in rows.items()]
+    out += [f"| {t} | {NAMES[a]} minus {NAMES[b]} | {' | '.join(cells)} |" for (t, a, b), cells in rows.items()]
     return "\n".join(out) + "\n"
 
 
@@ -190,7 +192,7 @@ def score_table(rows: Lines) -> str:
 
 def at_matched(points: list[tuple[float, float]], target: float) -> float | None:
     """Retained accuracy where the new skill first reaches `target`, on straight lines between the rates' points."""
-    for (new, old), (next_new, next_old) in zip(points, points[1:], strict=False):
+    for (new, old), (next_new, next_old) in itertools.pairwise(points):
         if new < target <= next_new:
             return old + (next_old - old) * (target - new) / (next_new - new)
     return points[0][1] if points[0][0] >= target else None
@@ -218,8 +220,8 @@ def matched_table(lines: Lines, tasks: list[str]) -> str:
         cells = [f"{percent(r)} ({len(r)})" if r else "not reached" for r in retained.values()]
         out.append(f"| {task} | {target:.1%} | {' | '.join(cells)} |")
     return "\n".join(out) + (
-        f"\n\nRetained accuracy, %, where the new skill is at {MATCHED:.0%} of the best that SFT reaches, on straight lines "
-        "between the learning rates' validation scores; in brackets how many of the tuning seeds reach it.\n"
+        f"\n\nRetained accuracy, %, where the new skill is at {MATCHED:.0%} of the best that SFT reaches, on straight "
+        "lines between the learning rates' validation scores; in brackets how many of the tuning seeds reach it.\n"
     )
 
 
@@ -236,6 +238,7 @@ def sweep(lines: Lines, task: str) -> dict[float, Lines]:
 def insensitive(lines: Lines, task: str) -> str:
     groups = sweep(lines, task)
     here = [line["new"] for line in groups.pop(KEEP_RATIO)]
+    groups.pop(1.0, None)  # that is SFT
     if not groups or len(here) < 2 or any(len(group) != len(here) for group in groups.values()):
         return "not measured"
     differences = {k: np.subtract([line["new"] for line in group], here) for k, group in groups.items()}
@@ -322,7 +325,10 @@ def seeds_figure(lines: Lines, tasks: list[str], path: Path) -> None:
             new, old = ([100 * line[metric] for line in found] for metric in ("new", "retained"))
             ax.scatter(new, old, color=colour, marker=marker, s=14, alpha=0.35, linewidths=0)
             (x, dx), (y, dy) = interval(new), interval(old)
-            ax.errorbar(x, y, xerr=dx, yerr=dy, color=colour, marker=marker, markersize=8, capsize=3, label=NAMES[rule], linestyle="none", markeredgecolor="white", markeredgewidth=0.7)  # fmt: skip
+            ax.errorbar(
+                x, y, xerr=dx, yerr=dy, color=colour, marker=marker, markersize=8, capsize=3, label=NAMES[rule],
+                linestyle="none", markeredgecolor="white", markeredgewidth=0.7,
+            )  # fmt: skip
         ax.set(xlabel="new skill: accuracy (%)", ylabel="old skills: accuracy (%)")
         ax.margins(0.08)
     axes[0].legend(fontsize=9)
@@ -341,7 +347,10 @@ def sweep_figure(lines: Lines, tasks: list[str], path: Path) -> None:
             found = [interval([100 * line[metric] for line in group]) for group in groups.values() if group]
             kept = [k for k, group in groups.items() if group]
             colour, marker, dashes = STYLE[rule]
-            ax.errorbar(kept, [m for m, _ in found], yerr=[h for _, h in found], color=colour, marker=marker, linestyle=dashes, capsize=3, label=label)  # fmt: skip
+            ax.errorbar(
+                kept, [m for m, _ in found], yerr=[h for _, h in found], color=colour, marker=marker, linestyle=dashes,
+                capsize=3, label=label,
+            )  # fmt: skip
         ax.set(xlabel="keep_ratio", ylabel="accuracy (%)", ylim=(-4, 104), xlim=(0, 1.04))
     axes[0].legend(fontsize=9)
     fig.suptitle("gmt at its chosen learning rate, with 95 % intervals over seeds; keep_ratio 1 is SFT", fontsize=9)
