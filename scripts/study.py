@@ -1,6 +1,6 @@
 """The paper's claims in miniature: many short fine-tunings of small models, with seeds, tuned rates and intervals.
 
-    bash scripts/study.sh                          # STUDY=small: about an hour on 2 cores; results in results/
+    bash scripts/study.sh                          # an hour or more on 2 cores; results in results/
 
 Base models are trained from scratch on old skills, then fine-tuned on a new one, arithmetic or code (study_data.py), by
 each rule, with the same train.py and eval.py that train and score 7B models. Three parts, a line of runs.jsonl per run:
@@ -82,20 +82,7 @@ KEEP_RATIOS = (0.05, 0.1, 0.4, 0.6, 0.8, 1.0)  # and KEEP_RATIO
 SCALES = {
     "tiny": Scale(1, 30, 64, 4, RATES[:2], 1, 3, (0.5,), 1, {"old": 4, "digits": 4, "code": 2}, 32, 1),
     "small": Scale(4, 1400, 1000, 100, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 60, "digits": 150, "code": 60}, hidden=96),
-    "large": Scale(
-        4,
-        3000,
-        4000,
-        600,
-        RATES,
-        4,
-        16,
-        KEEP_RATIOS,
-        8,
-        {"old": 200, "digits": 400, "code": 200},
-        hidden=256,
-        layers=10,
-    ),
+    "large": Scale(4, 3000, 4000, 600, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 200, "digits": 400, "code": 200}, 256, 10),
 }
 
 
@@ -138,7 +125,8 @@ def make_base(index: int, scale: Scale, folder: Path) -> None:
     with logged(folder / "logs" / f"base{index}.log"):
         train.main([
             "--model", str(folder / f"random{index}"), "--dataset", str(folder / "data" / f"base{index}.jsonl"),
-            "--output_dir", str(run), "--template", "prompt_response", "--rule", "none", "--learning_rate", "2e-3", "--warmup_ratio", "0.02",
+            "--output_dir", str(run), "--template", "prompt_response", "--rule", "none", "--learning_rate", "2e-3",
+            "--warmup_ratio", "0.02",
             "--max_steps", str(scale.base_steps), "--global_batch_size", "64", "--seed", str(index), *COMMON,
         ])  # fmt: skip
         scores = {task: score(folder, run / "final", "test", task) for task in study_data.TASKS}
@@ -293,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="runs.jsonl and study.json")
     parser.add_argument("--processes", type=int, default=evaluation.physical_cores(), help="runs at the same time")
     args = parser.parse_args(argv)
-    scale, folder, results = SCALES[args.scale], args.folder / args.scale, args.results / args.scale
+    scale, folder, results = SCALES[args.scale], args.folder / args.scale, args.results
     results.mkdir(parents=True, exist_ok=True)
     description = {"scale": asdict(scale), "processes": args.processes, **run_folder.environment()}
     description = json.loads(json.dumps(description))

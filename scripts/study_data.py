@@ -58,8 +58,9 @@ def function(rng: random.Random, simple: bool = False) -> tuple[str, str, str]:
             b = right = rng.choice(ARGUMENTS)
         words, expression = rng.choice([
             (f"the sum of {a} and {b}", f"{left} + {right}"), (f"the difference of {a} and {b}", f"{left} - {right}"),
-            (f"the product of {a} and {b}", f"{left} * {right}"), (f"the larger of {a} and {b}", f"max({left}, {right})"),
-            (f"the smaller of {a} and {b}", f"min({left}, {right})"), (f"whether {a} is below {b}", f"{left} < {right}"),
+            (f"the product of {a} and {b}", f"{left} * {right}"), (f"whether {a} is below {b}", f"{left} < {right}"),
+            (f"the larger of {a} and {b}", f"max({left}, {right})"),
+            (f"the smaller of {a} and {b}", f"min({left}, {right})"),
         ])  # fmt: skip
     name = rng.choice(["f", "g", "solve", "compute"])
     return name, f'def {name}({", ".join(ARGUMENTS)}):\n    """Return {words}."""\n    return', f" {expression}"
@@ -96,7 +97,7 @@ def training_rows(skill: str, n: int, seed: int, split: str = "train") -> list[d
 
 
 def base_rows(n: int, seed: int) -> list[dict]:
-    """What a base model learns, in columns prompt and response: n problems of each old skill, and n simple functions."""
+    """What a base model learns, in columns prompt, response: n problems of each old skill, and n simple functions."""
     rows = [row for skill in OLD_SKILLS for row in training_rows(skill, n, seed)]
     rows = [{"prompt": ALPACA.format(instruction=row["query"]), "response": row["response"]} for row in rows]
     rng = random.Random(f"simple {seed}")

@@ -81,8 +81,8 @@ Written by `python scripts/report.py` from [runs.jsonl](runs.jsonl), a line per 
 with torch {about["versions"]["torch"]} on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}).
 
 {scale["bases"]} base models (Llamas of width {scale["hidden"]} and {scale["layers"]} layers, from random weights) learn
-addition, subtraction and reversal of digits in word problems, and functions of one operation. Each fine-tuning takes {scale["steps"]} steps of 32 of
-{scale["rows"]:,} problems of a new skill: {" or ".join(SKILLS.values())}.
+addition, subtraction and reversal of digits in word problems, and functions of one operation. Each fine-tuning takes
+{scale["steps"]} steps of 32 of {scale["rows"]:,} problems of a new skill: {" or ".join(SKILLS.values())}.
 Each rule's learning rate is the one of {len(scale["rates"])} with the best mean accuracy on the new skill's validation
 problems over {scale["tuning_seeds"]} seeds of their own; the criterion was fixed before the runs. Then {scale["seeds"]}
 seeds at that rate (other sample and order, the base models in turn), on test problems. keep_ratio is {KEEP_RATIO} but
