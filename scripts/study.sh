@@ -5,12 +5,13 @@
 #   bash scripts/study.sh                 STUDY=small: an hour or more on 2 cores
 #   STUDY=large bash scripts/study.sh     larger models, for a GPU; in results/large
 #   STUDY=tiny bash scripts/study.sh      a try in two minutes; in results/tiny
+#
+# RESULTS names another folder for the results.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 bash scripts/install_sandbox.sh # for the code task
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 STUDY=${STUDY:-small}
-results=results
-[ "$STUDY" = small ] || results=results/$STUDY
-python scripts/study.py --scale "$STUDY" --results "$results" "$@"
-python scripts/report.py "$results"
+RESULTS=${RESULTS:-$([ "$STUDY" = small ] && echo results || echo "results/$STUDY")}
+python scripts/study.py --scale "$STUDY" --results "$RESULTS" "$@"
+python scripts/report.py "$RESULTS"
