@@ -14,9 +14,9 @@ evaluation=(--config configs/quickstart_eval.yaml)
 if [ ! -f $OUT/random_model/COMPLETED ]; then stage data "" scripts/quickstart_data.py $OUT; fi
 if [ ! -f $OUT/base/final/COMPLETED ]; then rm -rf $OUT/{none,rmt,hft,gmt}{,_eval}; fi # of another base
 train_run $OUT/base --config configs/quickstart_base.yaml
-score $OUT/base/final $OUT/base_eval "${evaluation[@]}"
+score base_eval $OUT/base/final $OUT/base_eval "${evaluation[@]}"
 while read -r rule rate ratio; do
     train_run "$OUT/$rule" --config configs/quickstart.yaml --rule "$rule" --learning_rate "$rate" ${ratio:+--keep_ratio "$ratio"}
-    score "$OUT/$rule/final" "$OUT/${rule}_eval" "${evaluation[@]}"
+    score "${rule}_eval" "$OUT/$rule/final" "$OUT/${rule}_eval" "${evaluation[@]}"
 done < <(grep -v '^#' configs/quickstart_rates.txt)
 stage report "" scripts/quickstart_report.py $OUT

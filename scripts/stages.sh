@@ -64,12 +64,12 @@ stage() {
 }
 
 describe() { # a command, the YAML files that it names, and when the models that it names were made
-    local word
+    local word mark
     printf '%q ' "$@"
     echo
     for word; do
         case $word in *.yaml) cksum "$word" ;; esac
-        [ ! -f "$word/COMPLETED" ] || date -r "$word/COMPLETED" "+$word %F %T"
+        for mark in COMPLETED drop.json; do [ ! -f "$word/$mark" ] || date -r "$word/$mark" "+$word %F %T"; done
     done
 }
 
@@ -90,10 +90,10 @@ how_to_go_on() { # how_to_go_on RUN: the words that train.py needs for a folder 
     fi
 }
 
-score() { # score MODEL DIR ARGS...: completions of this very model are kept
-    local model=$1 dir=$2
-    shift 2
+score() { # score NAME MODEL DIR ARGS...: completions of this very model are kept
+    local name=$1 model=$2 dir=$3
+    shift 3
     how=(--overwrite) # those of another one are not
-    stage "${dir#"$OUT"/}" "$dir/scores.json" eval.py --model "$model" --output_dir "$dir" "$@"
+    stage "$name" "$dir/scores.json" eval.py --model "$model" --output_dir "$dir" "$@"
     how=()
 }
