@@ -79,20 +79,6 @@ words_of() { # words_of CONFIG RULE SEED: the words of a training, in the array 
     words+=(${train_args[@]+"${train_args[@]}"})
 }
 
-plan() { # plan RUN ARGS...: refuse what train.py would refuse, and print its plan (memory, disk, steps)
-    local run=$1
-    shift
-    [ ! -f "$run/final/COMPLETED" ] || return 0
-    how_to_go_on "$run"
-    how+=(--dry_run)
-    if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then
-        ACCELERATE_USE_FSDP=true FSDP_VERSION=2 WORLD_SIZE=$NPROC stage "${run#"$OUT"/}/plan" "" train.py "$@" --output_dir "$run"
-    else
-        WORLD_SIZE=$NPROC stage "${run#"$OUT"/}/plan" "" train.py "$@" --output_dir "$run"
-    fi
-    how=()
-}
-
 train_and_tidy() { # train_and_tidy RUN ARGS...: of a finished run its checkpoints are not needed any more
     train_run "$@"
     rm -rf "$1/checkpoints"
@@ -120,22 +106,38 @@ fetch_bbh() { # the Hub has BBH's questions, and not its prompts
         refuse "BBH's prompts could not be fetched: set DATA_DIR to a folder of all benchmarks (README: 'Items come from'), or TASKS without bbh"
 }
 
-plans() { # plans MODEL ARGS...: mistakes come out before the first training, and memory, disk and steps are told
-    local config=configs/${FAMILY}_$1.yaml folder=$OUT/$1 base rule seed
+plan() { # plan RUN ARGS...: one more training for the stage plan
+    local run=$1
     shift
-    base=$(here models "$(setting "$config" model)")
+    [ ! -f "$run/final/COMPLETED" ] || return 0
+    how_to_go_on "$run"
+    planned+=("$@" --output_dir "$run" ${how[@]+"${how[@]}"} --)
+    how=()
+}
+
+plan_all() { # what train.py would refuse comes out before the first training, and memory, disk and steps are told
+    local model config base rule seed planned=() words
     read -r seed _ <<<"$SEEDS"
-    for rule in "${rules[@]}"; do
-        words_of "$config" "$rule" "$seed"
-        plan "$folder/${rule}_seed$seed" "${words[@]}" --model "$base" "$@"
+    for model in $MODELS; do
+        config=configs/${FAMILY}_$model.yaml
+        base=$(here models "$(setting "$config" model)")
+        for rule in "${rules[@]}"; do
+            words_of "$config" "$rule" "$seed"
+            plan "$OUT/$model/${rule}_seed$seed" "${words[@]}" --model "$base" "$@"
+        done
+        [ -n "$WITH_DPO" ] || continue
+        words_of "configs/dpo_$model.yaml" "${rules[0]}" "$seed"
+        plan "$OUT/$model/${rules[0]}_dpo_seed$seed" "${words[@]}" --model "$base" ${dpo_args[@]+"${dpo_args[@]}"}
     done
-    [ -n "$WITH_DPO" ] || return 0
-    words_of "${config/${FAMILY}_/dpo_}" "${rules[0]}" "$seed"
-    plan "$folder/${rules[0]}_dpo_seed$seed" "${words[@]}" --model "$base" ${dpo_args[@]+"${dpo_args[@]}"}
+    [ ${#planned[@]} != 0 ] || return 0
+    export WORLD_SIZE=$NPROC # for these alone: a launcher sets its own
+    if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then export ACCELERATE_USE_FSDP=true FSDP_VERSION=2; fi
+    stage plan "" scripts/dry_runs.py "${planned[@]}"
+    unset WORLD_SIZE ACCELERATE_USE_FSDP FSDP_VERSION
 }
 
 one_model() { # one_model MODEL ARGS...: all that is run of a base model, and its report
-    local model=$1 config=configs/${FAMILY}_$1.yaml base rule seed run tuned folders=()
+    local model=$1 config=configs/${FAMILY}_$1.yaml base rule seed run tuned folders=() words
     shift
     base=$(here models "$(setting "$config" model)")
     evaluate "$base" "$OUT/$model/base" ""
@@ -158,7 +160,7 @@ one_model() { # one_model MODEL ARGS...: all that is run of a base model, and it
         [ -n "$WITH_DPO" ] || continue
         for rule in "${rules[@]}"; do
             run=$OUT/$model/${rule}_dpo_seed$seed tuned=$OUT/$model/${rule}_seed$seed/final
-            words_of "${config/${FAMILY}_/dpo_}" "$rule" "$seed"
+            words_of "configs/dpo_$model.yaml" "$rule" "$seed"
             train_and_tidy "$run" "${words[@]}" --model "$tuned" ${dpo_args[@]+"${dpo_args[@]}"}
             evaluate "$run/final" "$run" "$PROMPTS"
             folders+=("$run/eval")
@@ -173,6 +175,6 @@ reproduce() { # everything; its arguments go to train.py
     for rule in $RULES; do [ "$rule" = drop ] || rules+=("$rule"); done
     fetch_bbh
     [ -z "$REDUCED" ] || stage reduced "$OUT/reduced/COMPLETED" scripts/reduced.py "$OUT/reduced"
-    for model in $MODELS; do plans "$model" "$@"; done
+    plan_all "$@"
     for model in $MODELS; do one_model "$model" "$@"; done
 }

@@ -25,7 +25,7 @@ end_as_signalled() {
 # by this very command from these very inputs. An empty PRODUCT: always. The words of `how` are added, and not compared.
 how=()
 stage() {
-    local name=$1 product=$2 log="$OUT/logs/$1.log" code now words size writer
+    local name=$1 product=$2 log="$OUT/logs/$1.log" code now words size writer start=$SECONDS
     shift 2
     [ -z "$stopped" ] || end_as_signalled
     now=$(describe "$@")
@@ -61,6 +61,7 @@ stage() {
         exit "$code"
     fi
     if [ -n "$product" ]; then echo "$now" >"$OUT/logs/$name.done"; fi
+    echo "== $name took $((SECONDS - start)) s"
 }
 
 describe() { # a command, the YAML files that it names, and when the models that it names were made
