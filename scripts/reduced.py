@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.utils.logging import disable_progress_bar
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from make_model import make_tokenizer
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import UserError, run_main
 from tasks.general import BBH_TASKS, TYDIQA_TRAIN
 from templates import ALPACA, MAGICODER
@@ -95,12 +94,19 @@ def reduced_model(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast) -
 
 
 def reduced_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A small BPE that treats BOS as the model `name` does; with a chat template."""
+    """A byte-level BPE of at most 600 tokens that treats BOS as the model `name` does; with a chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|endoftext|>"]  # the last one is expected of Qwen's
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     texts = [ALPACA, MAGICODER] + [json.dumps(row(i)) for row in ROWS.values() for i in range(20)]
-    tokenizer = make_tokenizer(texts, 600)
+    bpe.train_from_iterator(texts, trainer)
     if not name.startswith(NO_BOS):
-        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+        bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHATML
     return tokenizer
 

@@ -12,7 +12,8 @@
 #   REDUCED=1               the whole of it on a CPU in minutes, offline: small random models of the same architectures, a
 #                           few rows and items, two steps; its scores mean nothing
 # Arguments go to train.py: bash scripts/reproduce_math.sh --learning_rate 1e-5
-# A setting of the script brings: FAMILY (of configs/), PROMPTS (prompt_format of fine-tuned models, or empty), WITH_DPO.
+# The script itself sets: RESULTS (OUT's default is outputs/RESULTS), FAMILY (of configs/), PROMPTS (prompt_format of
+# fine-tuned models, or empty), WITH_DPO (or empty).
 
 for name in OUT DATA_DIR HUB_DIR; do # setup.sh changes the folder
     [ -z "${!name:-}" ] || printf -v "$name" '%s' "$(realpath -m "${!name}")"
@@ -23,7 +24,7 @@ source scripts/stages.sh
 
 refuse() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
 
-OUT=${OUT:-outputs/reproduce_$FAMILY}
+OUT=${OUT:-outputs/$RESULTS}
 RULES=${RULES:-none rmt hft gmt drop} SEEDS=${SEEDS:-0} KEEP_RATIO=${KEEP_RATIO:-0.2}
 DATA_DIR=${DATA_DIR:-} HUB_DIR=${HUB_DIR:-} REDUCED=${REDUCED:-}
 read -ra eval_args <<<"${EVAL_ARGS:-}"
@@ -31,9 +32,9 @@ read -ra dpo_args <<<"${DPO_ARGS:-}"
 train_args=()
 
 # --- what can be refused before anything runs ----------------------------------------------------------------------------
-known_models=$(cd configs && ls "$FAMILY"_*.yaml | sed "s/^${FAMILY}_//; s/\.yaml$//" | tr '\n' ' ')
 for model in $MODELS; do
-    [ -f "configs/${FAMILY}_$model.yaml" ] || refuse "MODELS: there is no configs/${FAMILY}_$model.yaml; known: $known_models"
+    [ -f "configs/${FAMILY}_$model.yaml" ] ||
+        refuse "MODELS: unknown word '$model'; known: $(ls configs | sed -n "s/^${FAMILY}_\(.*\)\.yaml$/\1/p" | paste -sd ' ')"
 done
 for rule in $RULES; do
     case $rule in drop) [[ " $RULES " = *" none "* ]] || refuse "RULES: drop is of the model of rule none: add it" ;; esac
@@ -106,7 +107,7 @@ fetch_bbh() { # the Hub has BBH's questions, and not its prompts
         refuse "BBH's prompts could not be fetched: set DATA_DIR to a folder of all benchmarks (README: 'Items come from'), or TASKS without bbh"
 }
 
-plan() { # plan RUN ARGS...: one more training for the stage plan
+plan() { # plan RUN ARGS...: one more training for the stage plan, in the array `planned`
     local run=$1
     shift
     [ ! -f "$run/final/COMPLETED" ] || return 0
@@ -115,7 +116,15 @@ plan() { # plan RUN ARGS...: one more training for the stage plan
     how=()
 }
 
-plan_all() { # what train.py would refuse comes out before the first training, and memory, disk and steps are told
+run_plans() { # what train.py would refuse comes out before the first training, and memory, disk and steps are told
+    [ ${#planned[@]} != 0 ] || return 0
+    export WORLD_SIZE=$NPROC # for these alone: a launcher sets its own
+    if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then export ACCELERATE_USE_FSDP=true FSDP_VERSION=2; fi
+    stage plan "" scripts/dry_runs.py "${planned[@]}"
+    unset WORLD_SIZE ACCELERATE_USE_FSDP FSDP_VERSION
+}
+
+plan_all() { # the trainings of all models, with the first seed
     local model config base rule seed planned=() words
     read -r seed _ <<<"$SEEDS"
     for model in $MODELS; do
@@ -129,11 +138,7 @@ plan_all() { # what train.py would refuse comes out before the first training, a
         words_of "configs/dpo_$model.yaml" "${rules[0]}" "$seed"
         plan "$OUT/$model/${rules[0]}_dpo_seed$seed" "${words[@]}" --model "$base" ${dpo_args[@]+"${dpo_args[@]}"}
     done
-    [ ${#planned[@]} != 0 ] || return 0
-    export WORLD_SIZE=$NPROC # for these alone: a launcher sets its own
-    if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then export ACCELERATE_USE_FSDP=true FSDP_VERSION=2; fi
-    stage plan "" scripts/dry_runs.py "${planned[@]}"
-    unset WORLD_SIZE ACCELERATE_USE_FSDP FSDP_VERSION
+    run_plans
 }
 
 one_model() { # one_model MODEL ARGS...: all that is run of a base model, and its report
@@ -169,12 +174,16 @@ one_model() { # one_model MODEL ARGS...: all that is run of a base model, and it
     stage "$model/report" "" scripts/report.py "${folders[@]}" "$OUT/$model/base/eval" --out "$OUT/$model/report.md"
 }
 
+prepare() { # what is needed before the first plan
+    fetch_bbh
+    [ -z "$REDUCED" ] || stage reduced "$OUT/reduced/COMPLETED" scripts/reduced.py "$OUT/reduced"
+}
+
 reproduce() { # everything; its arguments go to train.py
     local model rule
     rules=()
     for rule in $RULES; do [ "$rule" = drop ] || rules+=("$rule"); done
-    fetch_bbh
-    [ -z "$REDUCED" ] || stage reduced "$OUT/reduced/COMPLETED" scripts/reduced.py "$OUT/reduced"
+    prepare
     plan_all "$@"
     for model in $MODELS; do one_model "$model" "$@"; done
 }

@@ -4,7 +4,7 @@
 #   bash scripts/reproduce_code.sh               variables and arguments: scripts/reproduce.sh
 #   REDUCED=1 bash scripts/reproduce_code.sh     all stages on a CPU, offline, in minutes
 set -euo pipefail
-FAMILY=code PROMPTS=magicoder WITH_DPO=''
+RESULTS=reproduce_code FAMILY=code PROMPTS=magicoder WITH_DPO=''
 MODELS=${MODELS:-mistral_7b deepseek_coder_6.7b} TASKS=${TASKS:-code}
 source "$(dirname "$0")/reproduce.sh"
 reproduce "$@"

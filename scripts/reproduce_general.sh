@@ -4,7 +4,7 @@
 #   bash scripts/reproduce_general.sh               variables and arguments: scripts/reproduce.sh
 #   REDUCED=1 bash scripts/reproduce_general.sh     all stages on a CPU, offline, in minutes
 set -euo pipefail
-FAMILY=general PROMPTS=tulu WITH_DPO=1
+RESULTS=reproduce_general FAMILY=general PROMPTS=tulu WITH_DPO=1
 MODELS=${MODELS:-llama2_7b llama2_13b} TASKS=${TASKS:-mmlu gsm8k_8shot bbh tydiqa truthfulqa humaneval_pass10}
 source "$(dirname "$0")/reproduce.sh"
 reproduce "$@"
