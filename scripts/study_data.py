@@ -5,7 +5,8 @@
 Old skills (the base models learn them) are the quickstart's: addition, subtraction, reversal; they also see functions
 of one operation, such as "twice x" or "the larger of x and y". The new ones:
 
-    digits  "Ann adds up the digits of 3852. What is the sum?" in MetaMathQA's columns, scored as GSM8K is
+    chain   "Ann has 34 figs, gets 25 and then loses 17. How many at the end?" in MetaMathQA's columns, scored as GSM8K
+            is: what the base models can, twice in a row
     code    "Return the larger of x plus 3 and twice y." in columns prompt and response, scored as HumanEval is, by
             running the program in the sandbox
 
@@ -17,25 +18,25 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from quickstart_data import ANSWER, NAMES, OLD_SKILLS, THINK, make_tokenizer, problem, split_of, write
+from quickstart_data import ANSWER, NAMES, OLD_SKILLS, THINGS, THINK, make_tokenizer, problem, split_of, write
 
 from templates import ALPACA
 
-TASKS = ("digits", "code")
-TEMPLATES = {"digits": "metamath", "code": "prompt_response"}
+TASKS = ("chain", "code")
+TEMPLATES = {"chain": "metamath", "code": "prompt_response"}
 ARGUMENTS = ("x", "y", "z")
 CHECKS = 6  # calls that a program has to answer
 
 
-def digits(rng: random.Random) -> tuple[str, str, int]:
-    """(question, reasoning, answer) of a sum of four digits."""
-    name, figures = rng.choice(NAMES), [rng.randint(1, 9) for _ in range(4)]
-    so_far, steps = figures[0], []
-    for figure in figures[1:]:
-        steps.append(f"{so_far}+{figure}={so_far + figure}.")
-        so_far += figure
-    number = "".join(map(str, figures))
-    return f"{name} adds up the digits of {number}. What is the sum?", " ".join(steps), so_far
+def chain(rng: random.Random) -> tuple[str, str, int]:
+    """(question, reasoning, answer) of a sum, and then a sum or a difference, all in the range of the old skills."""
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    a, b = rng.randint(10, 49), rng.randint(10, 49)
+    sign, verb = rng.choice([("+", "gets"), ("-", "loses")])
+    c = rng.randint(10, 99 if sign == "+" else a + b)
+    answer = a + b + c if sign == "+" else a + b - c
+    question = f"{name} has {a} {thing}, gets {b} and then {verb} {c}. How many at the end?"
+    return question, f"{a}+{b}={a + b}. {a + b}{sign}{c}={answer}.", answer
 
 
 def operand(rng: random.Random) -> tuple[str, str]:
@@ -70,7 +71,7 @@ def word_problems(skill: str, split: str, n: int, seed: int) -> list[tuple[str, 
     """n different word problems of one skill and split."""
     rng, found = random.Random(f"{skill} {split} {seed}"), {}
     while len(found) < n:
-        question, reasoning, answer = digits(rng) if skill == "digits" else problem(skill, rng)
+        question, reasoning, answer = chain(rng) if skill == "chain" else problem(skill, rng)
         if split_of(reasoning) == split:
             found[question] = (question, reasoning, answer)
     return list(found.values())
@@ -132,12 +133,12 @@ def main(folder: Path, sizes: dict[str, int]) -> None:
     """Write what all runs share: data/{skills,code}_{validation,test}.jsonl and the tokenizer.
 
     Args:
-        sizes: problems per skill and split: "old", "digits", "code".
+        sizes: problems per skill and split: "old", "chain", "code".
     """
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     for split in ("validation", "test"):
-        skills = {"digits": sizes["digits"], **dict.fromkeys(OLD_SKILLS, sizes["old"])}
+        skills = {"chain": sizes["chain"], **dict.fromkeys(OLD_SKILLS, sizes["old"])}
         write(data / f"skills_{split}.jsonl", [row for s, n in skills.items() for row in problems(s, split, n)])
         write(data / f"code_{split}.jsonl", problems("code", split, sizes["code"]))
         for skill in (*OLD_SKILLS, *TASKS):  # their answers, whose likelihood is taken

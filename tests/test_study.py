@@ -49,7 +49,7 @@ def test_holm_by_hand():
 
 
 def test_no_problem_is_in_two_splits():
-    for skill in (*OLD_SKILLS, "digits"):
+    for skill in (*OLD_SKILLS, "chain"):
         patterns = [
             {r for _, r, _ in study_data.word_problems(skill, s, 40, 0)} for s in ("train", "validation", "test")
         ]
@@ -61,12 +61,12 @@ def test_no_problem_is_in_two_splits():
 
 
 def test_answers_are_right():
-    for question, reasoning, answer in study_data.word_problems("digits", "train", 50, 0):
-        (number,) = [word for word in question.replace(".", "").split() if word.isdigit()]
-        assert answer == sum(map(int, number))
-        for step in reasoning.rstrip(".").split(". "):
-            left, right = step.split("=")
-            assert sum(map(int, left.split("+"))) == int(right)
+    for _, reasoning, answer in study_data.word_problems("chain", "train", 50, 0):
+        steps = reasoning.rstrip(".").split(". ")
+        for step in steps:
+            expression, result = step.split("=")
+            assert eval(expression) == int(result)
+        assert steps[1].startswith(steps[0].split("=")[1]) and answer == int(steps[1].split("=")[1]) >= 0
     for item in study_data.problems("code", "test", 20):
         names: dict = {}
         exec(item["prompt"] + item["canonical_solution"] + "\n" + item["test"], names)
@@ -172,12 +172,12 @@ def test_the_report_finds_what_is_there_and_nothing_else(results):
         row.split(" | ")[0].strip("| "): row.strip(" |").split(" | ")[1:] for row in text.splitlines() if " | " in row
     }
     for other in ("none (SFT)", "rmt", "hft", "one-off drop"):
-        digits, code = claims[f"gmt learns more of the new skill than {other}"]
-        assert digits.startswith("cannot tell") and code.startswith("**yes**: +"), other
+        chain, code = claims[f"gmt learns more of the new skill than {other}"]
+        assert chain.startswith("cannot tell") and code.startswith("**yes**: +"), other
         for what in ("retains more", "learns more of the new skill"):
             assert all(c.startswith("cannot tell") for c in claims[f"gmt, frozen {what} than {other}"]), other
-    digits, code = claims["gmt is insensitive to keep_ratio (5% either way)"]
-    assert digits.startswith("**yes**") and code.startswith("**no**") and "at 0.05" in code
+    chain, code = claims["gmt is insensitive to keep_ratio (5% either way)"]
+    assert chain.startswith("**yes**") and code.startswith("**no**") and "at 0.05" in code
     for name in ("frontier", "seeds", "keep_ratio"):
         assert (results / f"{name}.png").stat().st_size > 10_000 and (results / f"{name}.pdf").stat().st_size > 5_000
     rows = (results / "scores.csv").read_text().splitlines()
