@@ -20,6 +20,7 @@ import yaml
 import gmt
 
 TRACKERS = ("tensorboard", "wandb")
+OF_MASKS = ("keep_ratio", "scope", "masked_weights", "exclude", "mask_vectors")  # no meaning for rules without masks
 
 
 class UserError(Exception):
@@ -161,7 +162,7 @@ class TrainConfig:
             raise UserError(f"rule {self.rule} needs keep_ratio, the fraction of entries kept, in (0, 1]")
         if masks and not 0 < self.keep_ratio <= 1:
             raise UserError(f"keep_ratio is the fraction of entries kept and must be in (0, 1], got {self.keep_ratio}")
-        for name in ("keep_ratio", "scope", "masked_weights", "exclude", "mask_vectors"):
+        for name in OF_MASKS:
             default = next(_default(f) for f in dataclasses.fields(self) if f.name == name)
             if not masks and getattr(self, name) != default:
                 raise UserError(
@@ -270,6 +271,9 @@ class EvalConfig:
 def parse(cls: type, argv: list[str]) -> Any:
     """An instance of the dataclass `cls` from command-line words, `--config FILE` read first.
 
+    A rule on the command line takes the place of the file's with what goes with it: keys of the file that have no
+    meaning for this rule are left out.
+
     Raises:
         UserError: unknown key (the nearest known one is named), missing or wrong value.
         SystemExit: --help was asked for (0).
@@ -284,6 +288,10 @@ def parse(cls: type, argv: list[str]) -> Any:
         if len(values) != 1:
             raise UserError(f"--config takes one file, got {len(values)}")
         settings += _read_yaml(values[0])
+    if rule := [values[-1] for k, values, _ in pairs if k == "rule" and values and cls is TrainConfig]:
+        unused = OF_MASKS if rule[-1] in gmt.rules() and not gmt.masks_entries(rule[-1]) else ()
+        unused += () if rule[-1] == "grad_square" else ("calibration_steps",)
+        settings = [setting for setting in settings if setting[0] not in unused]
     settings += [(k, values, f"--{k}") for k, values, _ in pairs if k != "config"]
 
     fields = {f.name: f for f in dataclasses.fields(cls)}

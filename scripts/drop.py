@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -23,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import gmt
 import run_folder
 from config import UserError, key, parse, run_main
+from hub import is_local
 
 
 @dataclass
 class DropConfig:
     """Keys of scripts/drop.py."""
 
-    base: str = key(help="folder of the base model, with safetensors files")
+    base: str = key(help="folder or Hub id of the base model, with safetensors files")
     tuned: str = key(help="folder of the fine-tuned model, of the same tensors")
     output_dir: str = key(help="folder of the result; must not exist")
     keep_ratio: float = key(help="fraction of a matrix's task vector that is kept, in (0, 1]")
@@ -109,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists():
         raise UserError(f"output_dir {out} exists already: choose another one, or delete it")
     run_folder.check_writable(out)
-    base_files = tensor_files(Path(config.base), "base")
+    base_files = tensor_files(base_folder(config.base), "base")
     tuned_files = tensor_files(Path(config.tuned), "tuned")
     if missing := sorted(tuned_files.keys() - base_files.keys()):
         raise UserError(
@@ -156,6 +158,16 @@ def dropped(config: DropConfig, path: Path, base_files: dict[str, Path], masked:
                     drop_largest=config.drop_largest, name=name, seed=config.seed,
                 )  # fmt: skip
             yield tensor
+
+
+def base_folder(base: str) -> Path:
+    """The folder of the base model: its own, or the cache's of a Hub model, whose safetensors files are fetched."""
+    if is_local(base):
+        return Path(base)
+    try:
+        return Path(snapshot_download(base, allow_patterns="model*.safetensors"))
+    except Exception as e:  # the network, the Hub (gated, unknown), the disk
+        raise UserError(f"base {base} cannot be fetched: {' '.join(str(e).split())[:300]}") from None
 
 
 def tensor_files(folder: Path, what: str) -> dict[str, Path]:

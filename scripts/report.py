@@ -3,6 +3,7 @@
     python scripts/report.py outputs/math_sft/eval outputs/math_gmt/eval [--out report.md] [--csv scores.csv]
     python scripts/report.py outputs/*/eval --figures outputs/figures [--new gsm8k --retained mmlu bbh]
     python scripts/report.py --sweep outputs/sweep/*/eval --out report.md
+    python scripts/report.py results                    # of scripts/study.sh: README.md, scores.csv and figures, there
 
 Each folder is an output_dir of eval.py (or of train.py, for figures alone). Where two runs have answered the same
 items, their difference is tested on these pairs: verdicts of 0 and 1 by McNemar's exact test, others (and means over
@@ -37,6 +38,7 @@ from scores import read_lines
 from tasks import TASKS
 
 RESAMPLES = 10_000
+STUDY = "runs.jsonl"  # what marks a folder of scripts/study.sh
 # What two runs may not differ in, if their difference is to be one of models
 SETTINGS = ("dataset_sha256", "prompts_sha256", "prompt_format", "n", "dtype", "batch_size", "max_new_tokens", "seed")
 
@@ -229,6 +231,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--sweep", action="store_true", help="draw scores against keep_ratio")
     args = parser.parse_args(argv)
+    if any((folder / STUDY).exists() for folder in args.folders):
+        import study_report  # it needs what training needs
+
+        for folder in args.folders:
+            print(study_report.write_report(folder))
+        return
     if bool(args.new) != bool(args.retained):
         raise UserError("--new and --retained go together: the task that was learnt, and those that were to be kept")
     figures = args.figures or (args.out.parent if args.out and (args.sweep or args.new) else None)

@@ -38,13 +38,14 @@ STYLE: dict[str, tuple[str, str, Any]] = {
     "rmt": ("#E69F00", "s", "--"),
     "hft": ("#009E73", "^", "-."),
     "gmt": ("#D55E00", "D", (0, (1, 1))),
-    "grad_square": ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1))),
+    "gmt_frozen": ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1))),
+    "grad_square": ("#8C6D1F", "X", (0, (3, 1))),
     "drop": ("#56B4E9", "P", (0, (5, 3))),
 }
-OTHER = ("#777777", "X", (0, (3, 1)))  # a rule of a fork that has no style yet
+OTHER = ("#777777", "p", (0, (3, 3)))  # a rule of a fork that has no style yet
 NAMES = {
     "base": "base model", "none": "none (SFT)", "rmt": "rmt", "hft": "hft", "gmt": "gmt", "grad_square": "grad_square",
-    "drop": "one-off drop",
+    "gmt_frozen": "gmt, frozen", "drop": "one-off drop",
 }  # fmt: skip
 
 

@@ -146,6 +146,26 @@ def test_words_follow_yaml_and_types_are_the_same(tmp_path):
         parse(EvalConfig, ["--output_dir", "o", "--tasks"])
 
 
+def test_a_rule_on_the_command_line_takes_the_place_of_the_yamls(tmp_path):
+    path = tmp_path / "c.yaml"
+    head = "model: m\ndataset: d\noutput_dir: o\nkeep_ratio: 0.2\nscope: model\n"
+    path.write_text(head + "rule: grad_square\ncalibration_steps: 2\n")
+    words = ["--config", str(path), "--rule"]
+    config = parse(TrainConfig, [*words, "rmt"])
+    assert (config.keep_ratio, config.scope, config.calibration_steps) == (0.2, "model", 0)
+    for rule in ("none", "hft"):
+        config = parse(TrainConfig, [*words, "gmt", "--rule", rule])
+        assert (config.rule, config.keep_ratio, config.scope) == (rule, None, "tensor")
+    assert parse(TrainConfig, [*words, "grad_square"]).calibration_steps == 2
+    with pytest.raises(UserError, match="keep_ratio has no meaning for rule none"):  # asked for here and now
+        parse(TrainConfig, [*words, "none", "--keep_ratio", "0.2"])
+    with pytest.raises(UserError, match="unknown word 'nome'; did you mean none"):
+        parse(TrainConfig, [*words, "nome"])
+    path.write_text(head + "rule: none\n")
+    with pytest.raises(UserError, match="keep_ratio has no meaning for rule none"):
+        parse(TrainConfig, words[:2])
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 

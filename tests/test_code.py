@@ -5,10 +5,15 @@ import hashlib
 import itertools
 import json
 import random
+import sys
 from fractions import Fraction
 
 import pytest
-from conftest import DATA, make_model, needs_data, needs_sandbox, write_rows
+from conftest import DATA, ROOT, make_model, needs_data, needs_sandbox, write_rows
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import reduced
+from reduced import HUMANEVAL_PLUS_ROW, HUMANEVAL_ROW, MBPP_CODE, MBPP_PROMPT, STUB, mbpp_row
 
 import eval as evaluation
 from sources import read_json_rows
@@ -26,20 +31,6 @@ HUB_PLUS, HUB_MBPP_PLUS = (
 )
 REAL = needs_data("humaneval/HumanEval.jsonl.gz", PLUS, MBPP, MBPP_PLUS, HUB_PLUS, HUB_MBPP_PLUS)
 
-# --- small files of our own ------------------------------------------------------------------------------------------
-
-STUB = 'def double(x: int) -> int:\n    """ Twice x.\n    >>> double(2)\n    4\n    """\n'
-HUMANEVAL_ROW = {
-    "task_id": "HumanEval/0", "prompt": STUB, "entry_point": "double", "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
-}  # fmt: skip
-HUMANEVAL_PLUS_ROW = {**HUMANEVAL_ROW, "base_input": [[2], [-1]], "plus_input": [[10**20], [1.5]], "atol": 0}
-MBPP_PROMPT = '"""\nWrite a function to swap a pair\nassert swap((1, 2)) == (2, 1)\n"""\n'
-MBPP_CODE = "def swap(pair):\n    return pair[1], pair[0]\n"
-MBPP_PLUS_ROW = {
-    "task_id": "Mbpp/2", "prompt": MBPP_PROMPT, "entry_point": "swap", "canonical_solution": MBPP_CODE,
-    "base_input": [[[1, 2]]], "plus_input": [[["a", None]]], "atol": 0,
-}  # fmt: skip
 HUB_MBPP_PLUS_ROW = {
     "task_id": 9, "prompt": "Write a function to swap a pair", "code": MBPP_CODE, "test_imports": [],
     "test_list": ["assert swap((1, 2)) == (2, 1)"],
@@ -47,31 +38,12 @@ HUB_MBPP_PLUS_ROW = {
 }  # fmt: skip
 
 
-def mbpp_row(number: int) -> dict:
-    return {
-        "task_id": number, "text": f"Write function f{number} that adds {number}.", "test_setup_code": "",
-        "code": f"def f{number}(x):\r\n  return x + {number}",
-        "test_list": [f"assert f{number}({x}) == {x + number}" for x in (1, 2, 3)],
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A --data_dir with one or two items of each benchmark."""
     folder = tmp_path_factory.mktemp("data")
-    for name in ("humaneval", "humanevalplus", "mbpp", "mbppplus"):
-        (folder / name).mkdir()
-    write_gz(folder / "humaneval/HumanEval.jsonl.gz", [HUMANEVAL_ROW])
-    write_gz(folder / PLUS, [HUMANEVAL_PLUS_ROW])
-    write_gz(folder / MBPP_PLUS, [MBPP_PLUS_ROW])
-    write_rows(folder / MBPP, [mbpp_row(i) for i in (2, 3, 4, 10, 11, 510, 511)])
+    reduced.code(folder)
     return folder
-
-
-def write_gz(path, rows):
-    import gzip
-
-    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
 
 def load(name: str, folder, file: str = "") -> list[dict]:

@@ -2,84 +2,19 @@
 configuration for one GPU needs fits: pytest tests/test_configs.py"""
 
 import re
-from pathlib import Path
+import sys
 
 import pytest
-import torch
 import yaml
-from conftest import ROOT, make_model, write_rows
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
+from conftest import ROOT, write_rows
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from reduced import NO_BOS, ROWS, SHAPES, reduced_model, reduced_tokenizer
 
 import plan
 import train
 from config import TrainConfig, parse
 
-# What the published config.json files say, as far as it matters here.
-LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
-SHAPES = {
-    "mistralai/Mistral-7B-v0.1": (MistralConfig, {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": 4096,
-    }),
-    "meta-llama/Meta-Llama-3-8B": (LlamaConfig, {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-    }),
-    "meta-llama/Llama-2-7b-hf": (LlamaConfig, {
-        **LLAMA2, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    }),
-    "meta-llama/Llama-2-13b-hf": (LlamaConfig, {
-        **LLAMA2, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-    }),
-    "deepseek-ai/deepseek-coder-6.7b-base": (LlamaConfig, {
-        "vocab_size": 32256, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 16384,
-        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0},
-    }),
-    "Qwen/Qwen2.5-0.5B": (Qwen2Config, {
-        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    }),
-    "meta-llama/Llama-3.2-1B": (LlamaConfig, {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    }),
-}  # fmt: skip
-SHAPES["Qwen/Qwen2.5-Coder-0.5B"] = SHAPES["Qwen/Qwen2.5-0.5B-Instruct"] = SHAPES["Qwen/Qwen2.5-0.5B"]
-SHAPES["allenai/tulu-2-7b"] = SHAPES["meta-llama/Llama-2-7b-hf"]
-SHAPES["allenai/tulu-2-13b"] = SHAPES["meta-llama/Llama-2-13b-hf"]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-NO_BOS = ("Qwen",)  # the other tokenizers put one in front
-ROWS = {
-    "meta-math/MetaMathQA": lambda i: {
-        "type": "GSM_AnsAug", "query": f"What is {i}+{i}?", "original_question": "?",
-        "response": f"The answer is: {2 * i}",
-    },
-    "ise-uiuc/Magicoder-Evol-Instruct-110K": lambda i: {
-        "instruction": f"Add {i}.", "response": f"```python\nx += {i}\n```",
-    },
-    "allenai/tulu-v2-sft-mixture": lambda i: {
-        "dataset": "flan", "id": f"flan_{i}",
-        "messages": [
-            {"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "" if i == 3 else "It."},
-        ],
-    },
-    "HuggingFaceH4/ultrafeedback_binarized": lambda i: {
-        "prompt": f"{i}?", "prompt_id": str(i), "messages": [], "score_chosen": 8.0, "score_rejected": 4.0,
-        **{
-            column: [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}]
-            for column, answer in (("chosen", "Yes."), ("rejected", "Yes." if i == 3 else "Never!"))
-        },
-    },
-}  # fmt: skip
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if re.match("math_|code_|general_|dpo_", p.name))
 
 
@@ -91,38 +26,10 @@ def test_the_experiments_are_there():
     ]  # fmt: skip
 
 
-def small(folder: Path, name: str) -> Path:
-    """The model `name` with few layers of few, narrow heads, and a tokenizer of bytes."""
-    make_model(folder)
-    cls, shape = SHAPES[name]
-    heads = shape["num_attention_heads"]
-    reduced = {
-        "vocab_size": 259,
-        "hidden_size": 4 * heads,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "head_dim": 4,
-    }
-    torch.manual_seed(0)
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_config(
-        cls(**{**shape, **reduced, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
-    ).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not name.startswith(NO_BOS):
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 0)]
-        )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_two_steps(tmp_path, path, capsys):
     settings = yaml.safe_load(path.read_text())
-    model = small(tmp_path / "model", settings["model"])
+    model = reduced_model(tmp_path / "model", settings["model"], reduced_tokenizer(settings["model"]))
     rows = write_rows(tmp_path / "rows.jsonl", [ROWS[settings["dataset"]](i) for i in range(12)])
     line = train.main([
         "--config", str(path), "--model", str(model), "--dataset", str(rows), "--output_dir", str(tmp_path / "run"),
@@ -132,8 +39,8 @@ def test_two_steps(tmp_path, path, capsys):
     said = capsys.readouterr().out
     one_less = re.search("tulu|ultrafeedback", settings["dataset"])  # an empty message, equal answers
     assert f"{'11' if one_less else '12'} examples (0 cut" in said
-    end = "<|im_end|>" if settings["template"] == "chat" else "<eos>"
-    assert ("'<bos>" in said) == (not settings["model"].startswith(NO_BOS)) and end in said
+    end = "<|im_end|>" if settings["template"] == "chat" else "</s>"
+    assert ("'<s>" in said) == (not settings["model"].startswith(NO_BOS)) and end in said
 
 
 # GiB that a run may plan with: what the card has, less 1.5 for CUDA, kernels in passing and the allocator's fragments

@@ -105,6 +105,18 @@ def test_of_folders_with_several_files(tmp_path, folders, capsys):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_the_base_may_be_of_the_hub(tmp_path, folders, monkeypatch):
+    base, tuned = folders
+    asked = []
+    monkeypatch.setattr(drop, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or base)
+    words = ["--tuned", tuned, "--output_dir", str(tmp_path / "out"), "--keep_ratio", "0.25"]
+    drop.main([*words, "--base", "owner/name"])
+    assert asked == [(("owner/name",), {"allow_patterns": "model*.safetensors"})]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="base owner/name cannot be fetched: .*"):
+        drop.main(["--base", "owner/name", *words[:2], "--output_dir", str(tmp_path / "other"), *words[4:]])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -1,17 +1,20 @@
 """Prompts and rules of open-instruct's benchmarks: pytest tests/test_general.py"""
 
-import csv
 import gzip
 import hashlib
 import json
 import math
 import random
+import sys
 from collections import Counter
 
 import datasets
 import pytest
-from conftest import DATA, needs_data
+from conftest import DATA, ROOT, needs_data
 from transformers import AutoTokenizer
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import reduced
 
 from config import UserError
 from tasks import GROUPS, TASKS
@@ -41,41 +44,7 @@ def tokenizer(model_dir):
 def folder(tmp_path_factory):
     """Small files of our own, laid out as the real ones."""
     root = tmp_path_factory.mktemp("data")
-    for name in ("mmlu", "bbh/bbh", "bbh/cot-prompts", "tydiqa_goldp", "truthfulqa", "gsm8k"):
-        (root / name).mkdir(parents=True)
-    row = {
-        "question": "Which is a bird?",
-        "subject": "animal_names",
-        "choices": ["cat", "owl", "elk", "ant"],
-        "answer": 1,
-    }
-    examples = [{**row, "question": f"Example {i}?", "answer": i % 4} for i in range(5)]
-    for part, rows in (("test", [row, {**row, "question": "Again?", "answer": 3}]), ("dev", examples)):
-        with gzip.open(root / f"mmlu/{part}.jsonl.gz", "wt") as f:
-            f.writelines(json.dumps(r) + "\n" for r in rows)
-    for task in BBH_TASKS:
-        examples = [{"input": f"{task} {i}", "target": f"({'AB'[i]})"} for i in range(2)]
-        (root / f"bbh/bbh/{task}.json").write_text(json.dumps({"canary": "", "examples": examples}))
-        (root / f"bbh/cot-prompts/{task}.txt").write_text(
-            "canary\n-----\nDo it.\n\nQ: one\nA: Let's think step by step.\nWell. So the answer is (A).\n\n"
-            "Q: two\nOptions:\n(A) x\nA: Let's think step by step.\nHm. So the answer is (B).\n"
-        )
-    for language in TYDIQA_WORDS:
-        for part in ("dev", "train"):
-            answers = [{"text": f"in {language}", "answer_start": 0}, {"text": "Berlin", "answer_start": 1}]
-            qas = [
-                {"id": f"{language}-{part}-{i}", "question": f"Where {i}?", "answers": answers}
-                for i in range(2 if part == "dev" else 3)
-            ]
-            paragraphs = [{"context": f"It is in {language}.", "qas": qas}]
-            with gzip.open(root / f"tydiqa_goldp/{language}_{part}.json.gz", "wt") as f:
-                json.dump({"data": [{"title": "t", "paragraphs": paragraphs}]}, f)
-    with open(root / "truthfulqa/TruthfulQA_v1.csv", "w", encoding="utf-8-sig", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(
-            ["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"]
-        )
-        writer.writerow(["", "", "Is it so?", "It is", "Yes; It is ; ", "No.; It is not", ""])
+    reduced.general(root, dict.fromkeys(TYDIQA_TRAIN, 3))
     return root
 
 

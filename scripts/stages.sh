@@ -1,0 +1,100 @@
+# Sourced by scripts of several stages. A stage that is done is passed over, one that was cut goes on, one that fails ends
+# the script with its name and log. Ctrl-C, SIGTERM and SIGUSR1 reach the training, which saves; the same call goes on.
+#
+# Before a stage: OUT, the folder of the results (logs are in $OUT/logs), and launch, the words before train.py and eval.py.
+
+job='' launched='' stopped=''
+trap 'on_signal INT 2' INT
+trap 'on_signal TERM 15' TERM
+trap 'on_signal USR1 10' USR1
+trap 'on_signal HUP 1' HUP
+
+on_signal() { # hand a signal on as USR1, of which train.py saves: Ctrl-C may have reached it already, and a second one kills
+    stopped=${stopped:-$1 $2}
+    [ -n "$job" ] || end_as_signalled
+    # A launcher hands no signal on, and would die of it: its children are the training.
+    if [ -z "$launched" ] || ! pkill -USR1 -P "$job"; then kill -USR1 "$job" 2>/dev/null || true; fi
+}
+
+end_as_signalled() {
+    echo "stopped by SIG${stopped% *}: the same call goes on" >&2
+    exit $((128 + ${stopped#* }))
+}
+
+# stage NAME PRODUCT PROGRAM ARGS...: run PROGRAM (train.py and eval.py by the launcher), unless it has made the file PRODUCT
+# by this very command from these very inputs. An empty PRODUCT: always. The words of `how` are added, and not compared.
+how=()
+stage() {
+    local name=$1 product=$2 log="$OUT/logs/$1.log" code now words size writer start=$SECONDS
+    shift 2
+    [ -z "$stopped" ] || end_as_signalled
+    now=$(describe "$@")
+    if [ -n "$product" ] && [ -f "$product" ] && [ -f "$OUT/logs/$name.done" ]; then
+        if [ "$now" = "$(cat "$OUT/logs/$name.done")" ]; then echo "== $name is there"; return; fi
+        echo "$name: error: $(dirname "$product") is the result of another command or of other inputs, see $OUT/logs/$name.done:" \
+            "set another OUT, or delete the one to do it again, the other to keep it" >&2
+        exit 2
+    fi
+    mkdir -p "$(dirname "$log")"
+    echo "== $name"
+    launched=''
+    case $1 in train.py | eval.py) launched=1 words=("${launch[@]}") ;; *) words=(python) ;; esac
+    size=$(stat -c %s "$log" 2>/dev/null || echo 0)
+    exec 3> >(trap '' INT TERM USR1 HUP; exec tee -a "$log")
+    writer=$!
+    "${words[@]}" "$@" ${how[@]+"${how[@]}"} </dev/null >&3 2>&3 3>&- &
+    job=$!
+    exec 3>&-
+    while true; do # a signal ends `wait` early
+        code=0
+        wait "$job" || code=$?
+        kill -0 "$job" 2>/dev/null || break
+    done
+    job=''
+    for _ in $(seq 100); do kill -0 "$writer" 2>/dev/null || break; sleep 0.05; done # tee has written all
+    [ -z "$stopped" ] || end_as_signalled
+    if [ "$code" != 0 ]; then
+        # A launcher hides the program's own line and exit code behind a traceback of its own.
+        words=$(tail -c +$((size + 1)) "$log" | tr '\r' '\n' | grep -E '^[a-z_]+\.py: error: ' | head -n 1) || true
+        [ -z "$words" ] || { echo "$words" >&2; code=2; }
+        echo "stage $name failed (exit code $code); its log: $log" >&2
+        exit "$code"
+    fi
+    if [ -n "$product" ]; then echo "$now" >"$OUT/logs/$name.done"; fi
+    echo "== $name took $((SECONDS - start)) s"
+}
+
+describe() { # a command, the YAML files that it names, and when the models that it names were made
+    local word mark
+    printf '%q ' "$@"
+    echo
+    for word; do
+        case $word in *.yaml) cksum "$word" ;; esac
+        for mark in COMPLETED drop.json; do [ ! -f "$word/$mark" ] || date -r "$word/$mark" "+$word %F %T"; done
+    done
+}
+
+train_run() { # train_run RUN ARGS...: train in the folder RUN, or go on there
+    local run=$1
+    shift
+    how_to_go_on "$run"
+    stage "${run#"$OUT"/}/train" "$run/final/COMPLETED" train.py "$@" --output_dir "$run"
+    how=()
+}
+
+how_to_go_on() { # how_to_go_on RUN: the words that train.py needs for a folder that a cut run has left
+    how=()
+    if [ -f "$1/final/COMPLETED" ] || compgen -G "$1/checkpoints/step_*/COMPLETED" >/dev/null; then
+        how=(--resume)
+    elif [ -f "$1/run.json" ]; then
+        how=(--overwrite)
+    fi
+}
+
+score() { # score NAME MODEL DIR ARGS...: completions of this very model are kept
+    local name=$1 model=$2 dir=$3
+    shift 3
+    how=(--overwrite) # those of another one are not
+    stage "$name" "$dir/scores.json" eval.py --model "$model" --output_dir "$dir" "$@"
+    how=()
+}
