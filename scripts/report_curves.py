@@ -9,7 +9,8 @@ from statistics import fmean
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from report_figures import NAMES, Curve, forgetting_figure, loss_figure, sensitivity_figure, smooth
-from report_runs import Group, Run, group_runs, labels, mean_interval, read_metrics
+from report_runs import Group, Run, group_runs, labels, read_metrics
+from stats import interval
 
 from config import UserError, nearest
 
@@ -83,7 +84,7 @@ def draw_forgetting(groups: list[Group], new: str, retained: list[str], path: Pa
         of_y = [group.values(job, first_metric(group, job)) for job in y_jobs]
         seeds = [seed for seed in x if all(seed in values for values in of_y)]
         xs, ys = [x[s] for s in seeds], [fmean(v[s] for v in of_y) for s in seeds]
-        (mean_x, x_error), (mean_y, y_error) = interval(group, xs, [x_job]), interval(group, ys, y_jobs)
+        (mean_x, x_error), (mean_y, y_error) = in_per_cent(group, xs, [x_job]), in_per_cent(group, ys, y_jobs)
         each = [([100 * a], [100 * b]) for a, b in zip(xs, ys, strict=True)]
         curves.append(Curve(label, group.first.rule, [mean_x], [mean_y], [x_error], [y_error], each))
     title = ", ".join(y_jobs) if len(y_jobs) < 3 else f"mean of {len(y_jobs)} retained tasks"
@@ -108,7 +109,7 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
         for line, label in zip(lines.values(), named, strict=True):
             line.sort(key=lambda group: group.first.keep_ratio or 0)
             points = [list(group.values(job, first_metric(group, job)).values()) for group in line]
-            means = [interval(group, values, [job]) for group, values in zip(line, points, strict=True)]
+            means = [in_per_cent(group, values, [job]) for group, values in zip(line, points, strict=True)]
             ratios = [group.first.keep_ratio for group in line]
             each = [([r] * len(v), [100 * s for s in v]) for r, v in zip(ratios, points, strict=True) if len(v) > 1]
             y, y_error = [m for m, _ in means], [e for _, e in means]
@@ -135,10 +136,10 @@ def first_metric(group: Group, job: str) -> str:
     return next((next(iter(run.scores[job]["metrics"])) for run in group.runs if job in run.scores), "")
 
 
-def interval(group: Group, values: list[float], jobs: list[str]) -> tuple[float, float]:
-    """Mean in per cent and half of its 95 % interval: over seeds, or over the items where there is one run."""
-    mean, half = mean_interval(values)
-    if half is None:
+def in_per_cent(group: Group, values: list[float], jobs: list[str]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval: over seeds, or over the items where there is one run."""
+    mean, half = interval(values)
+    if math.isnan(half):
         errors = [group.standard_error(job, first_metric(group, job)) for job in jobs]
         half = 1.96 * math.hypot(*errors) / len(jobs)
     return 100 * mean, 100 * half

@@ -124,12 +124,13 @@ def commands_of(text: str) -> list[str]:
 
 
 def test_commands_are_found():
-    text = "`bash a.sh` and `python\nb.py --x` but `c.py`\n\n    X=1 bash d.sh  # why\n    k = 1\n\n```\npython e.py \\\n  --y\n```\n"
+    text = "`bash a.sh` and `python\nb.py --x` but `c.py`\n\n    X=1 bash d.sh  # why\n    k = 1\n\n"
+    text += "```\npython e.py \\\n  --y\n```\n```python\npython = 1\n```\n"
     assert commands_of(text) == ["python e.py --y", "X=1 bash d.sh", "bash a.sh", "python b.py --x"]
 
 
 COMMANDS = commands_of(README)
-# The beginning of a command: the test, or the script that tests run, which runs it. (Only what the README names counts.)
+# The beginning of a command: the test that runs it, or the script that tests run. Only what the README names counts.
 RUN_BY = {
     "bash scripts/quickstart.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
     "bash scripts/quickstart_dpo.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
@@ -138,7 +139,7 @@ RUN_BY = {
     "bash scripts/test.sh": ".ci/run",
     "bash scripts/install_sandbox.sh": "scripts/test.sh",
     "pip install -r requirements.txt": "scripts/setup.sh",
-    "sbatch scripts/slurm.sh": "tests/test_slurm.py::test_a_signal_reaches_the_training_processes_and_the_job_is_queued",
+    "sbatch scripts/slurm.sh": "tests/test_slurm.py::test_a_signal_reaches_the_training_processes",
     "python scripts/download.py": "tests/test_download.py::test_a_run_goes_without_the_hub",
     "python scripts/bench_": "tests/test_bench.py::test_it_measures",
     "torchrun --nproc_per_node": "tests/test_distributed.py::test_whole_runs_agree_on_1_2_and_3_processes_in_fp64",
@@ -198,7 +199,7 @@ def test_a_command_runs_here(command, stand_in, monkeypatch, capsys):
         if "--rule" not in words and "rule:" not in (ROOT / words[words.index("--config") + 1]).read_text():
             words += ["--rule", "none"]
         train.main(words)
-        assert "masked" in capsys.readouterr().out or "rule none" in command
+        assert "disk: " in capsys.readouterr().out  # the end of the plan
     elif program == "eval":
         evaluation.main([*words, *model, "--data_dir", str(stand_in), "--dtype", "float32", "--overwrite"])
         assert (stand_in / words[words.index("--output_dir") + 1] / "scores.json").exists()
@@ -215,13 +216,11 @@ def test_a_command_runs_here(command, stand_in, monkeypatch, capsys):
 
 
 def test_messages_that_the_readme_explains_are_the_programs_own():
-    """The first column of the table of Troubleshooting: what is quoted there ends in ':' or comes from the code."""
+    """What is quoted in the first column of the table of Troubleshooting."""
     table = README[README.index("## Troubleshooting") : README.index("## Citation")]
-    quoted = [
-        text for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for text in re.findall(r"`([^`]+)`", row)
-    ]
+    first_column = "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    quoted = re.findall(r"`([^`]+)`", first_column)
     code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "tasks").glob("*.py")])
-    known = [text for text in quoted if not text.startswith("accelerate launch")]
-    assert len(known) > 12
-    for text in known:
-        assert text in code, text
+    assert len(quoted) > 12
+    for text in quoted:
+        assert text in code or text.startswith("accelerate launch"), text
