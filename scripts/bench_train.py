@@ -7,9 +7,9 @@
         --global_batch_size 64 --steps 8 --batch_sizes 4 16                          # the shape of a 1B, on a GPU
 
 The same random model, rows, global batch size, optimizer, precision and attention for both. train.py runs with its
-defaults, but for the tokens of a micro-batch, by which memory is matched. SFTTrainer groups rows by length, with several
-batch sizes, and, under FlashAttention, packs; its best counts. Tokens are those of the rows, without padding; the first
-2 steps are not timed. Each way runs in a process of its own.
+defaults, but for the tokens of a micro-batch, by which memory is matched. SFTTrainer groups rows by length, with
+several batch sizes, and, under FlashAttention, packs; its best counts. Tokens are those of the rows, without padding;
+the first 2 steps are not timed. Each way runs in a process of its own.
 Memory on a GPU is torch.cuda.max_memory_allocated; on a CPU it is the peak of the process's resident memory.
 """
 
