@@ -28,7 +28,7 @@ stage() {
     local name=$1 product=$2 log="$OUT/logs/$1.log" code now words size writer start=$SECONDS
     shift 2
     [ -z "$stopped" ] || end_as_signalled
-    now=$(describe "$@")
+    now=$(describe "$(dirname "$product")" "$@")
     if [ -n "$product" ] && [ -f "$product" ] && [ -f "$OUT/logs/$name.done" ]; then
         if [ "$now" = "$(cat "$OUT/logs/$name.done")" ]; then echo "== $name is there"; return; fi
         echo "$name: error: $(dirname "$product") is the result of another command or of other inputs, see $OUT/logs/$name.done:" \
@@ -64,12 +64,13 @@ stage() {
     echo "== $name took $((SECONDS - start)) s"
 }
 
-describe() { # a command, the YAML files that it names, and when the models that it names were made
-    local word mark
+describe() { # describe OWN COMMAND: it, the YAML files that it names, when the models (but for its own) that it names were made
+    local own=$1 word mark
+    shift
     printf '%q ' "$@"
     echo
     for word; do
-        case $word in *.yaml) cksum "$word" ;; esac
+        case $word in "$own") continue ;; *.yaml) cksum "$word" ;; esac
         for mark in COMPLETED drop.json; do [ ! -f "$word/$mark" ] || date -r "$word/$mark" "+$word %F %T"; done
     done
 }

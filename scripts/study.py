@@ -77,12 +77,16 @@ class Scale:
     layers: int = 3
 
 
-RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+RATES = (1.5e-4, 4e-4, 1e-3, 2.5e-3, 6e-3)
 KEEP_RATIOS = (0.05, 0.1, 0.4, 0.6, 0.8, 1.0)  # and KEEP_RATIO
 SCALES = {
-    "tiny": Scale(1, 30, 64, 4, RATES[:2], 1, 3, (0.5,), 1, {"old": 4, "chain": 4, "code": 2}, 32, 1),
-    "small": Scale(4, 1400, 1000, 100, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 60, "chain": 150, "code": 40}, hidden=96),
-    "large": Scale(4, 3000, 4000, 600, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 200, "chain": 400, "code": 200}, 256, 10),
+    "tiny": Scale(1, 30, 64, 4, RATES[:2], 1, 3, (0.5,), 1, {"old": 4, "remainder": 4, "code": 2}, 32, 1),
+    "small": Scale(
+        3, 1800, 1000, 100, RATES, 3, 16, KEEP_RATIOS, 8, {"old": 60, "remainder": 150, "code": 40}, hidden=96
+    ),
+    "large": Scale(
+        4, 3000, 4000, 600, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 200, "remainder": 400, "code": 200}, 256, 10
+    ),
 }
 
 

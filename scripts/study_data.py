@@ -5,10 +5,9 @@
 Old skills (the base models learn them) are the quickstart's: addition, subtraction, reversal; they also see functions
 of one operation, such as "twice x" or "the larger of x and y". The new ones:
 
-    chain   "Ann has 34 figs, gets 25 and then loses 17. How many at the end?" in MetaMathQA's columns, scored as GSM8K
-            is: what the base models can, twice in a row
-    code    "Return the larger of x plus 3 and twice y." in columns prompt and response, scored as HumanEval is, by
-            running the program in the sandbox
+    remainder  "Ann puts 387 figs in bags of 4. How many are left over?" in MetaMathQA's columns, scored as GSM8K is
+    code       "Return the larger of x plus 3 and twice y." in columns prompt and response, scored as HumanEval is, by
+               running the program in the sandbox
 
 Every pattern of operands, and every function, is in one split only: train, validation or test.
 """
@@ -22,21 +21,17 @@ from quickstart_data import ANSWER, NAMES, OLD_SKILLS, THINGS, THINK, make_token
 
 from templates import ALPACA
 
-TASKS = ("chain", "code")
-TEMPLATES = {"chain": "metamath", "code": "prompt_response"}
+TASKS = ("remainder", "code")
+TEMPLATES = {"remainder": "metamath", "code": "prompt_response"}
 ARGUMENTS = ("x", "y", "z")
 CHECKS = 6  # calls that a program has to answer
 
 
-def chain(rng: random.Random) -> tuple[str, str, int]:
-    """(question, reasoning, answer) of a sum, and then a sum or a difference, all in the range of the old skills."""
+def remainder(rng: random.Random) -> tuple[str, str, int]:
+    """(question, reasoning, answer) of a division, of which the remainder is asked."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    a, b = rng.randint(10, 49), rng.randint(10, 49)
-    sign, verb = rng.choice([("+", "gets"), ("-", "loses")])
-    c = rng.randint(10, 99 if sign == "+" else a + b)
-    answer = a + b + c if sign == "+" else a + b - c
-    question = f"{name} has {a} {thing}, gets {b} and then {verb} {c}. How many at the end?"
-    return question, f"{a}+{b}={a + b}. {a + b}{sign}{c}={answer}.", answer
+    a, b = rng.randint(100, 999), rng.choice([4, 5, 10, 20])
+    return f"{name} puts {a} {thing} in bags of {b}. How many are left over?", f"{a}%{b}={a % b}.", a % b
 
 
 def operand(rng: random.Random) -> tuple[str, str]:
@@ -71,7 +66,7 @@ def word_problems(skill: str, split: str, n: int, seed: int) -> list[tuple[str, 
     """n different word problems of one skill and split."""
     rng, found = random.Random(f"{skill} {split} {seed}"), {}
     while len(found) < n:
-        question, reasoning, answer = chain(rng) if skill == "chain" else problem(skill, rng)
+        question, reasoning, answer = remainder(rng) if skill == "remainder" else problem(skill, rng)
         if split_of(reasoning) == split:
             found[question] = (question, reasoning, answer)
     return list(found.values())
@@ -133,12 +128,12 @@ def main(folder: Path, sizes: dict[str, int]) -> None:
     """Write what all runs share: data/{skills,code}_{validation,test}.jsonl and the tokenizer.
 
     Args:
-        sizes: problems per skill and split: "old", "chain", "code".
+        sizes: problems per skill and split: "old", "remainder", "code".
     """
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     for split in ("validation", "test"):
-        skills = {"chain": sizes["chain"], **dict.fromkeys(OLD_SKILLS, sizes["old"])}
+        skills = {"remainder": sizes["remainder"], **dict.fromkeys(OLD_SKILLS, sizes["old"])}
         write(data / f"skills_{split}.jsonl", [row for s, n in skills.items() for row in problems(s, split, n)])
         write(data / f"code_{split}.jsonl", problems("code", split, sizes["code"]))
         for skill in (*OLD_SKILLS, *TASKS):  # their answers, whose likelihood is taken

@@ -19,7 +19,7 @@ from study import KEEP_RATIO, RULES, choose_rate, read_lines
 
 LEVEL, MARGIN = 0.05, 0.05  # MARGIN: of accuracy, 5 points
 MATCHED = 0.9  # forgetting is compared where a rule's new skill is this share of the best that SFT reaches
-SKILLS = {"chain": "arithmetic (two operations in a row)", "code": "code (small Python functions)"}
+SKILLS = {"remainder": "arithmetic (remainders)", "code": "code (small Python functions)"}
 METRICS = ("new", "retained", "new_nll", "retained_nll")
 Lines = list[dict]
 

@@ -1,0 +1,269 @@
+"""scripts/reproduce_*.sh, sweep_keep_ratio.sh: with stand-ins for programs, and (slow) whole in the reduced world."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+STAND_INS = {
+    # Python: what the scripts ask it, and the programs, which leave what the real ones would leave
+    "python": """
+        case "$1 ${2:-}" in
+            *device_count*) echo "${GPUS:-0}"; exit ;;
+            "-c "*) echo "$WORK"; exit ;;
+            "-m pip") exit ;;
+        esac
+        echo "$*" >>"$WORK/calls"
+        [[ " ${FAILS:-} " != *" $1 "* ]] || { echo "a line before"; echo "train.py: error: this is wrong"; exit 2; }
+        out=$(sed 's/.*--output_dir \\([^ ]*\\).*/\\1/' <<<"$*")
+        case $1 in
+            scripts/reduced.py) mkdir -p "$2"; touch "$2/COMPLETED" ;;
+            scripts/dry_runs.py) echo "$WORLD_SIZE ${ACCELERATE_USE_FSDP:-no}" >"$WORK/planned_for" ;;
+            scripts/drop.py) mkdir -p "$out"; touch "$out/drop.json" ;;
+        esac""",
+    # the launcher: it would die of a signal, and turns every failure into exit code 1
+    "accelerate": """
+        echo "$*" >>"$WORK/calls"
+        out=$(sed 's/.*--output_dir \\([^ ]*\\).*/\\1/' <<<"$*")
+        if [[ "$*" = *" eval.py "* ]]; then mkdir -p "$out"; touch "$out/scores.json"; exit; fi
+        mkdir -p "$out/checkpoints/step_000001"; echo "{}" >"$out/run.json"
+        case "$out" in
+            */${BREAKS:-nothing}) echo "train.py: error: no room"; echo "CalledProcessError: of the launcher"; exit 1 ;;
+            */${WAITS:-nothing})
+                bash -c 'trap "touch $0/checkpoints/step_000001/COMPLETED; exit 138" USR1; touch "$0/ready"
+                    for i in $(seq 300); do sleep 0.1; done' "$out" &
+                wait $! || exit 1 ;;
+        esac
+        mkdir -p "$out/final"; touch "$out/final/COMPLETED"; echo trained""",
+    "git": """
+        mkdir -p "${@: -1}/cot-prompts"; touch "${@: -1}/cot-prompts/word_sorting.txt" """,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("math", "--flag", NAME=value): a script with stand-ins for its programs; its results are in tmp_path/out."""
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\nset -u\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".gmt-requirements.txt").write_text(
+        (ROOT / "requirements.txt").read_text()
+    )  # setup.sh: all is installed
+
+    def start(script: str, *args: str, **variables: str) -> subprocess.Popen:
+        ours = "MODELS RULES SEEDS DATA_DIR HUB_DIR REDUCED TASKS EVAL_ARGS DPO_ARGS KEEP_RATIO ACCELERATE_CONFIG"
+        env = {k: v for k, v in os.environ.items() if k not in ours.split()}
+        env |= {"PATH": f"{tmp_path / 'bin'}:{env['PATH']}", "WORK": str(tmp_path), "VIRTUAL_ENV": "x"}
+        env |= {"OUT": str(tmp_path / "out"), "NPROC": "1", **variables}
+        return subprocess.Popen(
+            ["bash", str(ROOT / "scripts" / script), *args],
+            cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def calls(folder: Path) -> list[str]:
+    """The programs that were started since the last look."""
+    path = folder / "calls"
+    lines = path.read_text().replace(str(folder / "out"), "OUT").splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def stages(out: str) -> list[str]:
+    return [line[3:] for line in out.splitlines() if line.startswith("== ") and "took" not in line]
+
+
+def test_every_rule_is_trained_and_scored_once(run, tmp_path):
+    """The stages and the words of their programs; called again, all is there; other settings are refused."""
+    words = {"MODELS": "mistral_7b", "SEEDS": "0 1", "KEEP_RATIO": "0.3", "NPROC": "1", "DATA_DIR": str(tmp_path)}
+    code, out, err = finish(run("reproduce_math.sh", "--learning_rate", "1e-5", EVAL_ARGS="--limit 7", **words))
+    assert code == 0, err
+    expected = ["plan", "mistral_7b/base/eval"]
+    for seed in (0, 1):
+        for rule in ("none", "rmt", "hft", "gmt", "drop"):
+            kind = "drop" if rule == "drop" else "train"
+            expected += [f"mistral_7b/{rule}_seed{seed}/{what}" for what in (kind, "eval")]
+    assert stages(out) == [*expected, "mistral_7b/report"]
+    done = calls(tmp_path)
+    launcher = "launch --config_file configs/accelerate/fsdp2.yaml --num_processes 1"
+    tuned = "OUT/mistral_7b/{}_seed0"
+    start = f"{launcher} train.py --config configs/math_mistral_7b.yaml --dataset meta-math/MetaMathQA --rule"
+    end = "--model mistralai/Mistral-7B-v0.1 --learning_rate 1e-5 --output_dir"
+    assert f"{start} none --seed 0 {end} {tuned.format('none')}" in done
+    assert f"{start} rmt --seed 0 --keep_ratio 0.3 {end} {tuned.format('rmt')}" in done
+    assert f"{start} hft --seed 0 {end} {tuned.format('hft')}" in done
+    assert f"{start} gmt --seed 1 --keep_ratio 0.3 {end} OUT/mistral_7b/gmt_seed1" in done
+    assert (
+        f"scripts/drop.py --base mistralai/Mistral-7B-v0.1 --tuned {tuned.format('none')}/final "
+        f"--output_dir {tuned.format('drop')}/final --keep_ratio 0.3"
+    ) in done
+    scored = f"--tasks math --data_dir {tmp_path} --limit 7 --overwrite"
+    for model, folder in (("mistralai/Mistral-7B-v0.1", "base"), ("OUT/mistral_7b/drop_seed1/final", "drop_seed1")):
+        where = f"OUT/mistral_7b/{folder}/eval"
+        assert f"{launcher} eval.py --model {model} --output_dir {where} {scored}" in done
+    runs = [f"{rule}_seed{seed}" for seed in (0, 1) for rule in ("none", "rmt", "hft", "gmt", "drop")]
+    folders = " ".join(f"OUT/mistral_7b/{name}/eval" for name in [*runs, "base"])
+    assert done[-1] == f"scripts/report.py {folders} --out OUT/mistral_7b/report.md"
+    planned = next(line for line in done if line.startswith("scripts/dry_runs.py")).split(" -- ")
+    assert len(planned) == 4 and "--rule hft" in planned[2] and "drop" not in " ".join(planned)
+    assert (tmp_path / "planned_for").read_text() == "1 true\n"
+    assert not list((tmp_path / "out").rglob("checkpoints"))
+
+    code, out, err = finish(run("reproduce_math.sh", "--learning_rate", "1e-5", EVAL_ARGS="--limit 7", **words))
+    assert code == 0 and stages(out) == [f"{s} is there" for s in expected[1:]] + ["mistral_7b/report"], err
+    assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/report.py"]
+    # another number of processes is no other result; another learning rate is
+    code, out, err = finish(run("reproduce_math.sh", "--learning_rate", "2e-5", EVAL_ARGS="--limit 7", **words))
+    assert code == 2 and "none_seed0/train: error: " in err and "is the result of another command" in err
+    assert "set another OUT, or delete" in err
+
+
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, "1"), (signal.SIGINT, "1"), (signal.SIGTERM, "2")])
+def test_a_signal_reaches_the_training_and_the_same_call_goes_on(run, tmp_path, number, processes):
+    words = {"MODELS": "mistral_7b", "RULES": "none", "NPROC": processes}
+    process = run("reproduce_math.sh", WAITS="none_seed0", **words)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out/mistral_7b/none_seed0/ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C: all of the terminal's processes get it
+    else:
+        process.send_signal(number)
+    code, out, err = finish(process)
+    assert code == 128 + number, err
+    assert f"stopped by {number.name}: the same call goes on" in err and "none_seed0/eval" not in out
+    assert (tmp_path / "out/mistral_7b/none_seed0/checkpoints/step_000001/COMPLETED").exists()
+    calls(tmp_path)
+    code, out, err = finish(run("reproduce_math.sh", **words))
+    assert code == 0, err
+    plan, train, *_ = calls(tmp_path)
+    assert "--resume --" in plan and train.endswith("--resume") and "mistral_7b/base/eval is there" in out
+
+
+def test_a_run_that_was_cut_before_its_first_checkpoint_starts_again(run, tmp_path):
+    words = {"MODELS": "mistral_7b", "RULES": "none"}
+    process = run("reproduce_math.sh", WAITS="none_seed0", **words)
+    while not (tmp_path / "out/mistral_7b/none_seed0/ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    calls(tmp_path)
+    assert finish(run("reproduce_math.sh", **words))[0] == 0
+    assert "--overwrite" in calls(tmp_path)[1]
+
+
+def test_a_stage_that_fails_stops_with_its_name_and_log(run, tmp_path):
+    words = {"MODELS": "mistral_7b", "RULES": "none gmt"}
+    code, out, err = finish(run("reproduce_math.sh", BREAKS="gmt_seed0", **words))
+    log = tmp_path / "out/logs/mistral_7b/gmt_seed0/train.log"
+    assert code == 2  # as of the program itself, which the launcher hides
+    assert err.splitlines()[-2:] == [
+        "train.py: error: no room",
+        f"stage mistral_7b/gmt_seed0/train failed (exit code 2); its log: {log}",
+    ]
+    assert "of the launcher" in log.read_text() and "report" not in out
+    calls(tmp_path)
+    code, out, err = finish(run("reproduce_math.sh", FAILS="scripts/report.py", **words))
+    assert code == 2 and "none_seed0/train is there" in out and "stage mistral_7b/report failed" in err
+    assert "--overwrite" in calls(tmp_path)[1]  # no checkpoint was complete
+
+
+def test_general_goes_on_with_dpo_from_the_same_rules_model(run, tmp_path):
+    words = {"MODELS": "llama2_7b", "RULES": "none gmt", "DPO_ARGS": "--beta 0.3"}
+    code, _, err = finish(run("reproduce_general.sh", "--max_steps", "5", **words))
+    assert code == 0, err
+    done = calls(tmp_path)
+    (dpo,) = (line for line in done if "gmt_dpo_seed0" in line and " train.py " in line)
+    assert dpo.endswith(
+        "train.py --config configs/dpo_llama2_7b.yaml --dataset HuggingFaceH4/ultrafeedback_binarized --rule gmt "
+        "--seed 0 --keep_ratio 0.2 --model OUT/llama2_7b/gmt_seed0/final --beta 0.3 "
+        "--output_dir OUT/llama2_7b/gmt_dpo_seed0"
+    )
+    (bbh,) = (line for line in done if "gmt_dpo_seed0/eval" in line and "--tasks bbh" in line)
+    assert bbh.endswith("--tasks bbh --data_dir OUT/bbh --prompt_format tulu --overwrite")
+    (others,) = (line for line in done if "gmt_dpo_seed0/eval --tasks mmlu" in line)
+    assert others.endswith(
+        "--tasks mmlu gsm8k_8shot tydiqa truthfulqa humaneval_pass10 --prompt_format tulu --overwrite"
+    )
+    assert (
+        sum("base/eval" in line and " eval.py " in line for line in done) == 4
+    )  # both in its own format and in tulu's
+    assert done[-1].split()[1:] == [
+        *(f"OUT/llama2_7b/{name}_seed0/eval" for name in ("none", "gmt", "none_dpo", "gmt_dpo")),
+        *("OUT/llama2_7b/base/eval", "--out", "OUT/llama2_7b/report.md"),
+    ]
+    planned = next(line for line in done if line.startswith("scripts/dry_runs.py")).split(" -- ")
+    assert len(planned) == 3 and "--model meta-llama/Llama-2-7b-hf --beta 0.3" in planned[2]
+
+
+def test_the_reduced_world_and_a_folder_of_downloads(run, tmp_path):
+    assert finish(run("reproduce_code.sh", REDUCED="1", MODELS="mistral_7b", RULES="none"))[0] == 0
+    done = calls(tmp_path)
+    assert done[0] == "scripts/reduced.py OUT/reduced"
+    assert any(
+        "--config_file configs/accelerate/cpu.yaml" in line and "--limit 2 --dtype float32" in line for line in done
+    )
+    assert any("--max_steps 2 --global_batch_size 4" in line for line in done)
+    hub = tmp_path / "hub"
+    (hub / "models/mistralai/Mistral-7B-v0.1").mkdir(parents=True)  # the dataset is not there: of the Hub's cache
+    words = {"MODELS": "mistral_7b", "RULES": "none", "HUB_DIR": "hub", "OUT": "elsewhere", "NPROC": "4"}
+    assert finish(run("reproduce_code.sh", **words))[0] == 0
+    (training,) = (line for line in calls(tmp_path) if " train.py " in line)
+    assert f"--model {hub}/models/mistralai/Mistral-7B-v0.1 " in training and "--dataset ise-uiuc/" in training
+    assert f"--output_dir {tmp_path}/elsewhere/mistral_7b/none_seed0" in training and "--num_processes 4" in training
+    assert (tmp_path / "planned_for").read_text() == "4 true\n"
+
+
+def test_sweep(run, tmp_path):
+    words = {"CONFIG": "configs/code_mistral_7b.yaml", "KEEP_RATIOS": "0.1 1.0"}
+    code, _, err = finish(run("sweep_keep_ratio.sh", **words))
+    assert code == 0, err
+    done = calls(tmp_path)
+    trained = [line for line in done if " train.py " in line]
+    assert [line.split("--keep_ratio ")[1].split()[0] for line in trained] == ["0.1", "1.0"]
+    assert all("--rule gmt" in line and "ise-uiuc/Magicoder-Evol-Instruct-110K" in line for line in trained)
+    folders = "OUT/gmt_0.1_seed0/eval OUT/gmt_1.0_seed0/eval"
+    assert done[-1] == f"scripts/report.py --sweep {folders} --csv OUT/sweep.csv --out OUT/report.md"
+    code, _, err = finish(run("sweep_keep_ratio.sh", CONFIG="configs/no.yaml"))
+    assert code == 2 and err == "sweep_keep_ratio.sh: error: CONFIG=configs/no.yaml: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "variables", "message"),
+    [
+        ([], {"MODELS": "mistral"}, "MODELS: unknown word 'mistral'; known: llama3.2_1b llama3_8b mistral_7b "),
+        ([], {"RULES": "gmt drop"}, "RULES: drop is of the model of rule none: add it"),
+        ([], {"SEEDS": "0 x"}, "SEEDS: expected whole numbers, got 'x'"),
+        ([], {"KEEP_RATIO": "a fifth"}, "KEEP_RATIO: expected a number in (0, 1], got 'a fifth'"),
+        ([], {"NPROC": ""}, "no GPU here; REDUCED=1 tries everything on a CPU"),
+        ([], {"NPROC": "two"}, "NPROC: expected a number of processes, got 'two'"),
+        ([], {"DATA_DIR": "/no/such"}, "DATA_DIR=/no/such: no such folder"),
+        ([], {"HUB_DIR": "/no/such"}, "HUB_DIR=/no/such: no such folder"),
+        ([], {"ACCELERATE_CONFIG": "no.yaml"}, "ACCELERATE_CONFIG=no.yaml: no such file"),
+        ([], {"OUT": "/proc/version/x"}, "OUT=/proc/version/x: cannot be made or written to"),
+        (["--output_dir", "x"], {}, "--output_dir: set OUT instead"),
+    ],
+)
+def test_refusals(run, tmp_path, args, variables, message):
+    code, out, err = finish(run("reproduce_math.sh", *args, **variables))
+    assert code == 2 and err.startswith(f"reproduce_math.sh: error: {message}") and err.count("\n") == 1 and not out
+    assert not calls(tmp_path)
+
+
+def test_mistakes_that_train_py_finds_come_out_before_anything_runs(run, tmp_path):
+    code, _, err = finish(run("reproduce_math.sh", FAILS="scripts/dry_runs.py"))
+    assert code == 2 and "train.py: error: this is wrong" in err and "stage plan failed (exit code 2)" in err
+    assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/dry_runs.py"]
