@@ -1,13 +1,15 @@
 """scripts/reproduce_*.sh, sweep_keep_ratio.sh: with stand-ins for programs, and (slow) whole in the reduced world."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_sandbox
 
 STAND_INS = {
     # Python: what the scripts ask it, and the programs, which leave what the real ones would leave
@@ -267,3 +269,99 @@ def test_mistakes_that_train_py_finds_come_out_before_anything_runs(run, tmp_pat
     code, _, err = finish(run("reproduce_math.sh", FAILS="scripts/dry_runs.py"))
     assert code == 2 and "train.py: error: this is wrong" in err and "stage plan failed (exit code 2)" in err
     assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/dry_runs.py"]
+
+
+# --- whole, in the reduced world: nothing is replaced ----------------------------------------------------------------
+
+
+def start(tmp_path: Path, script: str, *args: str, **variables: str) -> subprocess.Popen:
+    """A script with REDUCED=1; what it says is in tmp_path/said."""
+    env = {**os.environ, "REDUCED": "1", "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1", **variables}
+    env |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    said = open(tmp_path / "said", "w")  # noqa: SIM115  belongs to the process
+    command = ["bash", str(ROOT / "scripts" / script), *args]
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=said, stderr=said, start_new_session=True)
+
+
+def whole(tmp_path: Path, script: str, *args: str, **variables: str) -> str:
+    """What a script says that ends well."""
+    code = start(tmp_path, script, *args, **variables).wait(timeout=1200)
+    said = (tmp_path / "said").read_text()
+    assert code == 0, said[-3000:]
+    return said
+
+
+def wait_until(process: subprocess.Popen, path: Path, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, f"not there: {path}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_math_whole_and_cut(tmp_path):
+    """Every rule; SIGTERM in a training, SIGKILL at a checkpoint, SIGINT in a scoring; then all is there."""
+    out, args = tmp_path / "out/mistral_7b", ("--max_steps", "40", "--save_every", "10")
+    words = {"MODELS": "mistral_7b"}
+    process = start(tmp_path, "reproduce_math.sh", *args, **words)
+    wait_until(process, out / "none_seed0/checkpoints/step_000010/COMPLETED")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143 and "stopped by SIGTERM" in (tmp_path / "said").read_text()
+    assert not (out / "none_seed0/final").exists()
+    process = start(tmp_path, "reproduce_math.sh", *args, **words)
+    wait_until(process, out / "rmt_seed0/checkpoints/step_000020/COMPLETED")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process = start(tmp_path, "reproduce_math.sh", *args, **words)
+    wait_until(process, out / "gmt_seed0/eval/gsm8k.metamath.parts")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    said = whole(tmp_path, "reproduce_math.sh", *args, **words)
+    for rule in ("none", "rmt", "hft", "gmt"):
+        run = json.loads((out / f"{rule}_seed0/run.json").read_text())
+        assert ("resumed" in run) == (rule in ("none", "rmt")) and run["config"]["rule"] == rule
+        steps = [json.loads(line)["step"] for line in (out / f"{rule}_seed0/metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 41))
+    report = (out / "report.md").read_text()
+    assert report in said and not list(out.rglob("checkpoints"))
+    for name in ("none_seed0", "rmt_seed0", "hft_seed0", "gmt_seed0", "drop_seed0", "base"):
+        assert f"mistral_7b/{name}" in report
+        assert set(json.loads((out / name / "eval/scores.json").read_text())) == {
+            "gsm8k.metamath", "hendrycks_math.metamath",
+        }  # fmt: skip
+    assert "# Published scores" in report and "MetaMath-Mistral-7B" in report
+    *again, last = stages(whole(tmp_path, "reproduce_math.sh", *args, **words))
+    assert last == "mistral_7b/report" and all(stage.endswith(" is there") for stage in again)
+    assert len(again) == 1 + 1 + 5 * 2  # the world, the base model, five rules
+
+
+@needs_sandbox
+@pytest.mark.slow
+def test_code_whole(tmp_path):
+    said = whole(tmp_path, "reproduce_code.sh", MODELS="deepseek_coder_6.7b", RULES="none gmt drop")
+    out = tmp_path / "out/deepseek_coder_6.7b"
+    assert set(json.loads((out / "base/eval/scores.json").read_text())) == {
+        f"{task}.evalplus{format}" for task in ("humaneval_plus", "mbpp_plus") for format in ("", ".magicoder")
+    }
+    assert (out / "report.md").read_text() in said and "DeepSeek-Coder-6.7B" in said
+
+
+@needs_sandbox
+@pytest.mark.slow
+def test_general_whole(tmp_path):
+    """SFT, DPO from that rule's model, and all six benchmarks."""
+    said = whole(tmp_path, "reproduce_general.sh", MODELS="llama2_13b", RULES="hft gmt")
+    out = tmp_path / "out/llama2_13b"
+    for rule in ("hft", "gmt"):
+        run = json.loads((out / f"{rule}_dpo_seed0/run.json").read_text())["config"]
+        assert run["model"] == str(out / f"{rule}_seed0/final")
+        assert (run["rule"], run["objective"], run["template"]) == (rule, "dpo", "tulu")
+    report = (out / "report.md").read_text()
+    assert report in said and "Tulu-2-DPO-13B" in report
+    tasks = ("mmlu", "gsm8k_8shot", "bbh", "tydiqa", "truthfulqa")
+    for name in ("hft_seed0", "gmt_seed0", "hft_dpo_seed0", "gmt_dpo_seed0", "base"):
+        scores = json.loads((out / name / "eval/scores.json").read_text())
+        own = {f"{task}.open_instruct" for task in tasks} if name == "base" else set()
+        assert set(scores) == own | {f"{task}.open_instruct.tulu" for task in tasks} | {
+            "humaneval_pass10.open_instruct"
+        }
