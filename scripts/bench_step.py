@@ -153,6 +153,7 @@ def main() -> None:
         ]
         row = {"rule": way, **{f"{p}, ms": 1000 * median[way][p] for p in PHASES}}
         row |= {
+            "tokens/s": args.tokens / sum(median[way].values()),
             "over none, %": 100 * bench.median(over),
             "step / none's": sum(median[way].values()) / sum(plain.values()),
         }

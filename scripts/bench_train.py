@@ -1,12 +1,15 @@
 """Tokens per second and peak memory of plain fine-tuning: train.py (rule none) against TRL's SFTTrainer.
 
-    python scripts/bench_train.py                                                    # a small model, on a CPU
+    python scripts/bench_train.py                      # small models on a CPU: a large vocabulary, then more layers
+    python scripts/bench_train.py --vocabulary 4096 --layers 6 --hidden 256 --intermediate 688
     python scripts/bench_train.py --hidden 2048 --layers 16 --heads 32 --kv_heads 8 --intermediate 8192 \\
-        --vocabulary 128256 --gradient_checkpointing --attention flash_attention_2   # the shape of a 1B, on a GPU
+        --vocabulary 128256 --gradient_checkpointing --attention flash_attention_2 --micro_batch_tokens 16384 \\
+        --global_batch_size 64 --steps 8 --batch_sizes 4 16                          # the shape of a 1B, on a GPU
 
 The same random model, rows, global batch size, optimizer, precision and attention for both. train.py runs with its
-defaults. SFTTrainer groups rows by length, with several batch sizes, and, under FlashAttention, packs; its best counts.
-Tokens are those of the rows, without padding; the first 2 steps are not timed. Each way runs in a process of its own.
+defaults, but for the tokens of a micro-batch, by which memory is matched. SFTTrainer groups rows by length, with
+several batch sizes, and, under FlashAttention, packs; its best counts. Tokens are those of the rows, without padding;
+the first 2 steps are not timed. Each way runs in a process of its own.
 Memory on a GPU is torch.cuda.max_memory_allocated; on a CPU it is the peak of the process's resident memory.
 """
 
@@ -120,11 +123,11 @@ def theirs(args: argparse.Namespace, folder: Path, batch_size: int, packing: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {
-        "hidden": 128, "layers": 4, "heads": 4, "kv_heads": 4, "intermediate": 344, "vocabulary": 32000, "steps": 8,
-        "global_batch_size": 64, "micro_batch_tokens": 8192, "rounds": 2,
+        "hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "intermediate": 344, "vocabulary": 16000, "steps": 6,
+        "global_batch_size": 32, "micro_batch_tokens": 1024, "rounds": 2,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 16], help="of SFTTrainer")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8], help="of SFTTrainer")
     parser.add_argument("--data", choices=KINDS, default="word problems")
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--gradient_checkpointing", action="store_true")

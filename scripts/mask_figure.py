@@ -10,13 +10,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from report_figures import save
+
 from config import UserError
 
 NO_LAYER = "none"  # the row of embeddings, head and other tensors outside the layers
@@ -77,9 +76,7 @@ def draw(cells: list[dict], title: str, path: Path) -> None:
     }
     small = len(layers) * len(kinds) <= 120  # room for numbers
     size = (0.62 * len(kinds) + 1.2, 0.34 * len(layers) + 2.3) if small else (0.42 * len(kinds) + 1.6, 7)
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(len(panels) * size[0], size[1]), layout="constrained", sharey=True
-    )
+    fig, axes = plt.subplots(1, len(panels), figsize=(len(panels) * size[0], size[1]), sharey=True)
     for ax, (key, label) in zip(axes, panels.items(), strict=True):
         grid = np.full((len(layers), len(kinds)), np.nan)
         for c in cells:
@@ -96,12 +93,11 @@ def draw(cells: list[dict], title: str, path: Path) -> None:
                 ax.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=7)
     axes[0].set_ylabel("layer")
     fig.suptitle(title, fontsize=11)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save(fig, path)
 
 
 def mask_figure(run: Path, out: Path) -> list[dict]:
-    """Draw the figure of a run folder into `out` (PNG or PDF, by its name); returns what it shows."""
+    """Draw the figure of a run folder into `out`.png and .pdf; returns what it shows."""
     config = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
     cells = kept_by_place(run / "masks.jsonl")
     settings = f"rule {config['rule']}, keep_ratio {config['keep_ratio']}, scope {config['scope']}"

@@ -62,6 +62,57 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def make_tokenizer(texts: list[str], vocab_size: int = 384) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text round-trips. Digits stand alone; the prompt's fixed strings are one token each."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    fixed = [*(part for part in ALPACA.split("{instruction}") if part), THINK, ANSWER]
+    for string in fixed:
+        texts = [t.replace(string, "") for t in texts]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<bos>", "<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens(fixed)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_random_model(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 128, layers: int = 3
+) -> LlamaForCausalLM:
+    """A small Llama of random weights, with its tokenizer, in `folder`; a file COMPLETED is the mark of a whole one."""
+    set_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=hidden * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "COMPLETED").touch()
+    return model
+
+
 def main(folder: Path) -> None:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     train = {s: sample(s, "train", ROWS["base"] // 3, seed=0) for s in OLD_SKILLS}
@@ -79,48 +130,8 @@ def main(folder: Path) -> None:
             [{"skill": s, "question": q, "answer": f"{r}\n#### {a}"} for s, (q, r, a) in problems],
         )
 
-    # Byte-level BPE: any text round-trips. Digits stand alone; the prompt's fixed strings are one token each.
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    fixed = [*(part for part in ALPACA.split("{instruction}") if part), THINK, ANSWER]
-    text = [row["query"] + row["response"] for part in rows.values() for row in part]
-    for string in fixed:
-        text = [t.replace(string, "") for t in text]
-    trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        special_tokens=["<bos>", "<eos>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(text, trainer)
-    bpe.add_tokens(fixed)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-    )
-    set_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.save_pretrained(folder / "random_model")
-    tokenizer.save_pretrained(folder / "random_model")
-    (folder / "random_model" / "COMPLETED").touch()  # the mark of a finished folder
+    tokenizer = make_tokenizer([row["query"] + row["response"] for part in rows.values() for row in part])
+    model = save_random_model(folder / "random_model", tokenizer, seed=0)
     example = tokenizer(ALPACA.format(instruction=rows["add"][0]["query"]) + rows["add"][0]["response"])["input_ids"]
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens; an example has {len(example)}:")
     print("|".join(tokenizer.decode([t]) for t in example))

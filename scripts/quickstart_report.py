@@ -2,7 +2,7 @@
 
     python scripts/quickstart_report.py outputs/quickstart
 
-prints the table and writes quickstart.md and quickstart.png there.
+prints the table and writes quickstart.md, quickstart.png and quickstart.pdf there.
 """
 
 import json
@@ -10,22 +10,14 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent))
+from report_figures import NAMES, STYLE, save
 
 NEW_SKILL = "sort"
 CAPTION = "A demonstration on generated problems with one seed: it shows that everything runs, and is no evidence."
-# Okabe and Ito's colours, distinct for the colour-blind; markers and dashes tell the rules apart without colour.
-STYLE = {
-    "base": ("#000000", "*", "-"),
-    "none": ("#0072B2", "o", "-"),
-    "rmt": ("#E69F00", "s", "--"),
-    "hft": ("#009E73", "^", "-."),
-    "gmt": ("#D55E00", "D", (0, (1, 1))),
-}
-NAMES = {"base": "base model", "none": "none (SFT)", "rmt": "rmt", "hft": "hft", "gmt": "gmt"}
+RULES = ("base", "none", "rmt", "hft", "gmt")
 
 
 def accuracies(folder: Path, test_file: Path) -> dict[str, tuple[float, float]]:
@@ -66,8 +58,7 @@ def table(folder: Path, results: dict[str, dict]) -> str:
 
 
 def figure(folder: Path, results: dict[str, dict]) -> None:
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     for rule, accuracy in results.items():
         colour, marker, dashes = STYLE[rule]
         if rule != "base":
@@ -86,15 +77,15 @@ def figure(folder: Path, results: dict[str, dict]) -> None:
         xlabel="new skill: accuracy (%)", ylabel="old skills: accuracy (%)", xlim=(-4, 104), ylim=(-4, 104),
         title="New skill against retained skills",
     )  # fmt: skip
-    left.legend(frameon=False)
-    right.legend(frameon=False, loc="lower left", title="with 95 % intervals")
+    left.legend()
+    right.legend(loc="lower left", title="with 95 % intervals")
     fig.suptitle(CAPTION, fontsize=9, color="#444444")
-    fig.savefig(folder / "quickstart.png", dpi=150)
+    save(fig, folder / "quickstart")
 
 
 def main(folder: Path) -> None:
     test_file = folder / "data" / "test.jsonl"
-    results = {rule: accuracies(folder / f"{rule}_eval", test_file) for rule in STYLE}
+    results = {rule: accuracies(folder / f"{rule}_eval", test_file) for rule in RULES}
     text = (
         f"{CAPTION}\n\n{table(folder, results)}\n\n± is one standard error over the held-out problems. "
         "kept: share of the maskable weights whose gradient reached the optimizer at the last step."

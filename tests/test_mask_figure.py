@@ -33,7 +33,9 @@ def test_shares_by_layer_and_type(tmp_path):
     assert up["share_of_energy_kept"] == pytest.approx(0.5 / 0.7)
     assert head["share_of_energy_kept"] == pytest.approx(0.2 / 0.7)
 
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"rule": "gmt", "keep_ratio": 0.2, "scope": "model"}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"config": {"model": "m", "rule": "gmt", "keep_ratio": 0.2, "scope": "model"}})
+    )
     report.main([str(tmp_path)])
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
 

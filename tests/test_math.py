@@ -380,6 +380,22 @@ def call(what):
 """
 
 
+def test_the_deadline_is_processor_time(tmp_path):
+    code = """
+import time
+
+def call(what):
+    if what == "wait":
+        time.sleep(1)
+    while what == "work" and time.process_time() < 1.5:
+        pass
+    return what
+"""
+    (tmp_path / "file.py").write_text(code)
+    results = workers.call_all(tmp_path / "file.py", "call", [("wait",), ("work",)], 1, seconds=0.5)
+    assert results == [("wait", ""), (None, workers.TIMEOUT)]  # the clock alone would allow both 5 s
+
+
 def test_workers_outlive_what_they_judge(tmp_path):
     (tmp_path / "file.py").write_text(WORKER)
     expected = {

@@ -9,6 +9,7 @@ from conftest import ROOT, python, write_rows
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import report
+import report_runs
 from published import PUBLISHED
 
 from config import UserError
@@ -32,6 +33,14 @@ def test_bootstrap_against_the_normal_approximation():
         error = (b - a).std(ddof=1) / n**0.5
         assert low == pytest.approx((b - a).mean() - 1.96 * error, abs=0.15 * error)
         assert high == pytest.approx((b - a).mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_bootstrap_of_verdicts_against_one_that_draws_every_item():
+    rng = np.random.default_rng(2)
+    a, b = (rng.random(200) < 0.5).astype(float), (rng.random(200) < 0.6).astype(float)
+    drawn = rng.integers(200, size=(10_000, 200))
+    low, high = np.percentile((b - a)[drawn].mean(1), [2.5, 97.5])
+    assert report.bootstrap(a, b, [""] * 200) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
 
 
 def test_bootstrap_over_groups_weighs_them_equally():
@@ -60,17 +69,29 @@ def runs(tmp_path):
     return [tmp_path / name / "eval" for name in ("base", "tuned")]
 
 
-def test_report(runs, tmp_path):
-    text = report.report(runs)
-    row = next(line for line in text.splitlines() if line.startswith("| gsm8k.metamath | correct"))
-    assert "| 40 | main/test | 25.00 ± 1.00 | 45.00 ± 1.00 (+20.00, p = 0.0078) |" in row  # 8 of 8 pairs: 2 / 2**8
-    assert "50.00 ± 1.00 (+0.00, p = 1) |" in text
-    row = next(line for line in text.splitlines() if line.startswith("| bbh.open_instruct"))
-    assert "(+25.00 [" in row  # two more of four in one task, nothing in the other
-    assert f"{runs[1]}: 8 verdicts timed out" in text
+def table(text: str, title: str) -> dict[str, dict[str, str]]:
+    """The rows of the table under a title, by their first cell, each with its column names."""
+    lines = text.partition(f"# {title}")[2].partition("\n\n")[2].partition("\n\n")[0].splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_report(runs):
+    text = report.report(report_runs.read_runs(runs))
+    rows = table(text, "Scores")
+    assert list(rows["base"]) == [
+        "run", "gsm8k.metamath correct", "gsm8k.metamath math_verify", "bbh.open_instruct correct",
+    ]  # nothing is known of the training  # fmt: skip
+    assert rows["base"]["gsm8k.metamath correct"] == "25.00 ± 1.00"
+    assert rows["tuned"]["gsm8k.metamath correct"] == "45.00 ± 1.00 (+20.00, p = 0.0078)"  # 8 of 8 pairs: 2 / 2**8
+    assert rows["tuned"]["gsm8k.metamath math_verify"] == "50.00 ± 1.00 (+0.00, p = 1)"
+    # two more of four in one task, nothing in the other
+    assert rows["tuned"]["bbh.open_instruct correct"].startswith("50.00 ± 1.00 (+25.00 [")
+    assert "- gsm8k.metamath: 40 items, main/test\n" in text and "tuned: 8 verdicts timed out" in text
     assert "| MetaMath-Mistral-7B | 77.7 | 28.2 |" not in text and "| MetaMath-Mistral-7B | 77.7 |" in text
     assert "README of meta-math/MetaMath" in text and "Tulu-2-7B" in text and "EvalPlus" not in text
-    assert "In brackets" not in report.report(runs[:1])
+    assert "Means over training seeds" not in text
+    assert "In brackets" not in report.report(report_runs.read_runs(runs[:1]))
 
 
 def test_runs_that_cannot_be_compared_are_named(runs):
@@ -79,8 +100,8 @@ def test_runs_that_cannot_be_compared_are_named(runs):
     (runs[1] / "scores.json").write_text(json.dumps(scores))
     path = runs[1] / "bbh.open_instruct.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    text = report.report(runs)
-    assert f"gsm8k.metamath: {runs[1]} differs from the first run in dtype" in text and "(other items)" in text
+    text = report.report(report_runs.read_runs(runs))
+    assert "gsm8k.metamath: tuned differs from base in dtype" in text and "(other items)" in text
 
 
 def test_published_scores_belong_to_tasks_and_metrics():
@@ -89,11 +110,11 @@ def test_published_scores_belong_to_tasks_and_metrics():
 
 
 def test_bad_folders(tmp_path, runs):
-    with pytest.raises(UserError, match=r"no readable scores.json"):
-        report.report([tmp_path])
+    with pytest.raises(UserError, match=r"no scores.json, which eval.py writes, and no run.json"):
+        report_runs.read_runs([tmp_path])
     (runs[1] / "gsm8k.metamath.jsonl").unlink()
     with pytest.raises(UserError, match=r"gsm8k.metamath.jsonl: missing or damaged"):
-        report.report(runs)
+        report.report(report_runs.read_runs(runs))
 
 
 def test_as_a_program(runs, tmp_path):

@@ -70,13 +70,13 @@ def test_quickstart_is_cut_goes_on_and_is_reused(clone):
     assert new[0] < 20 and old[0] > 80 and min(new[1:]) > 50 and min(old[1:]) > 20 and max(old[1:]) < 80
     assert (out / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
 
-    # DPO on top of it: the margin grows
+    # DPO on top of it: the margin grows, and the accuracy does not fall
     assert start(clone, "scripts/quickstart_dpo.sh").wait(timeout=600) == 0, (clone / "log.txt").read_text()[-3000:]
     found = re.findall(r"^\| (none|gmt) \| ([\d.| %-]+) \|$", (clone / "log.txt").read_text(), re.MULTILINE)
     assert [rule for rule, _ in found] == ["none", "gmt"]
     for _, cells in found:
         first, last, right, before, after = (float(cell.strip(" %")) for cell in cells.split("|"))
-        assert first == 0 and last > 0.03 and right > 75 and before - after < 25, cells
+        assert first == 0 and last > 0.5 and right > 75 and before > 50 and after >= before, cells
 
 
 REAL = os.environ.get("GMT_DATA_DIR", "")

@@ -1,0 +1,357 @@
+"""The study's report: README.md, its tables as CSV and its figures, from runs.jsonl (scripts/report.py results).
+
+What counts as an answer is fixed here, whichever way it falls: a difference is one if its p-value, corrected by Holm
+over all comparisons of its question, is below 0.05; keep_ratio (below 1) does not matter if the 95 % interval of each
+difference from keep_ratio 0.2 lies within MARGIN; all else this study cannot tell.
+"""
+
+import csv
+import itertools
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from report_figures import NAMES, STYLE, plt, save
+from stats import holm, interval, paired_test
+from study import KEEP_RATIO, RULES, choose_rate, read_lines
+
+LEVEL, MARGIN = 0.05, 0.05  # MARGIN: of accuracy, 5 points
+MATCHED = 0.9  # forgetting is compared where a rule's new skill is this share of the best that SFT reaches
+SKILLS = {"remainder": "arithmetic (remainders)", "code": "code (small Python functions)"}
+METRICS = ("new", "retained", "new_nll", "retained_nll")
+Lines = list[dict]
+
+
+def write_report(folder: Path) -> str:
+    """Write README.md, scores.csv and figures into the folder that holds runs.jsonl; returns README.md's text."""
+    lines, about = read_lines(folder / "runs.jsonl"), json.loads((folder / "study.json").read_text())
+    tasks = [task for task in SKILLS if any(line["task"] == task for line in lines)]
+    frontier_figure(lines, tasks, folder / "frontier")
+    seeds_figure(lines, tasks, folder / "seeds")
+    sweep_figure(lines, tasks, folder / "keep_ratio")
+    rows = scores(lines, tasks)
+    with open(folder / "scores.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    parts = [
+        header(lines, about), answers(lines, tasks), "## Scores at the chosen rates\n", score_table(rows),
+        comparison_table(lines, tasks), "## Forgetting at the same new skill\n", matched_table(lines, tasks),
+        "![New skill against retained skills over five learning rates, for each rule](frontier.png)\n",
+        "![Scores of every seed at the chosen rates](seeds.png)\n", "## keep_ratio\n", sweep_table(lines, tasks),
+        "![Accuracy against keep_ratio](keep_ratio.png)\n", cost_table(folder),
+    ]  # fmt: skip
+    text = "\n".join(part for part in parts if part)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def of(lines: Lines, **wanted: object) -> Lines:
+    """The lines with these values, in the order of their seeds."""
+    found = [line for line in lines if all(line[key] == value for key, value in wanted.items())]
+    return sorted(found, key=lambda line: line["seed"])
+
+
+def values(lines: Lines, metric: str, **wanted: object) -> list[float]:
+    return [line[metric] for line in of(lines, **wanted)]
+
+
+def percent(numbers: list[float], signed: bool = False) -> str:
+    """Mean and 95 % interval, in per cent."""
+    middle, half = interval(numbers)
+    return f"{100 * middle:{'+' if signed else ''}.1f} ± {100 * half:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def header(lines: Lines, about: dict) -> str:
+    scale, hardware = about["scale"], about["hardware"]
+    counts = ", ".join(
+        f"{sum(line['part'] == part for line in lines)} {part}" for part in ("rates", "seeds", "keep_ratio")
+    )
+    return f"""# The paper's claims in miniature
+
+Written by `python scripts/report.py` from [runs.jsonl](runs.jsonl), a line per run ({counts}), made by
+`{about["command"]}` of commit {about["git_commit"]}
+with torch {about["versions"]["torch"]} on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}).
+
+{scale["bases"]} base models (Llamas of width {scale["hidden"]} and {scale["layers"]} layers, from random weights) learn
+addition, subtraction and reversal of digits in word problems, and functions of one operation. Each fine-tuning takes
+{scale["steps"]} steps of 32 of {scale["rows"]:,} problems of a new skill: {" or ".join(SKILLS.values())}.
+Each rule's learning rate is the one of {len(scale["rates"])} with the best mean accuracy on the new skill's validation
+problems over {scale["tuning_seeds"]} seeds of their own; the criterion was fixed before the runs. Then {scale["seeds"]}
+seeds at that rate (other sample and order, the base models in turn), on test problems. keep_ratio is {KEEP_RATIO} but
+where it is varied; drop masks the task vector of the model of rule none by magnitude. ± is the 95 % interval over seeds
+(Student's t). Retained: mean accuracy on the three old skills.
+
+**Small models on generated problems: what holds here need not hold for a 7B model, nor what fails.**
+"""
+
+
+def answers(lines: Lines, tasks: list[str]) -> str:
+    """The paper's claims, one by one."""
+    out = ["## What became of the claims\n", "| claim | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    found = {(c["task"], c["metric"], c["first"], c["other"]): c for c in comparisons(lines, tasks)}
+
+    def verdict(task: str, metric: str, first: str, other: str) -> str:
+        c = found.get((task, metric, first, other))
+        if c is None:
+            return "not measured"
+        word = "cannot tell"
+        if c["corrected"] < LEVEL:
+            word = "**yes**" if c["mean"] > 0 else "**no, the contrary**"
+        return f"{word}: {100 * c['mean']:+.1f} points, p = {c['corrected']:.2g}"
+
+    for metric, what in (("new", "learns more of the new skill than"), ("retained", "retains more than")):
+        for first in ("gmt", "gmt_frozen"):
+            for other in ("none", "rmt", "hft", "drop"):
+                cells = " | ".join(verdict(task, metric, first, other) for task in tasks)
+                out.append(f"| {NAMES[first]} {what} {NAMES[other]} | {cells} |")
+    cells = " | ".join(insensitive(lines, task) for task in tasks)
+    out.append(f"| gmt is insensitive to keep_ratio ({MARGIN:.0%} either way) | {cells} |")
+    out.append(
+        "\np: exact paired test over seeds (all flips of signs), corrected by Holm over all comparisons of the table.\n"
+    )
+    return "\n".join(out)
+
+
+def comparisons(lines: Lines, tasks: list[str]) -> Lines:
+    """Paired differences between two rules over the seeds, with p-values corrected for the number of comparisons."""
+    out = []
+    for task in tasks:
+        for metric in ("new", "retained"):
+            for first in ("gmt", "gmt_frozen"):
+                for other in ("none", "rmt", "hft", "drop"):
+                    pair = [
+                        {x["seed"]: x[metric] for x in of(lines, part="seeds", task=task, rule=r)}
+                        for r in (first, other)
+                    ]
+                    seeds = sorted(pair[0].keys() & pair[1].keys())
+                    if len(seeds) < 2:
+                        continue
+                    a, b = ([scores[seed] for seed in seeds] for scores in pair)
+                    middle, half = interval(np.subtract(a, b))
+                    out.append({
+                        "task": task, "metric": metric, "first": first, "other": other, "mean": middle, "half": half,
+                        "p": paired_test(b, a), "n": len(seeds),
+                    })  # fmt: skip
+    for c, corrected in zip(out, holm([c["p"] for c in out]), strict=True):
+        c["corrected"] = corrected
+    return out
+
+
+def comparison_table(lines: Lines, tasks: list[str]) -> str:
+    out = ["Differences, seed by seed, in points:\n", "| task | | new skill | p (Holm) | retained | p (Holm) |"]
+    out.append("| --- | --- | --- | --- | --- | --- |")
+    rows: dict[tuple, list[str]] = defaultdict(list)
+    for c in comparisons(lines, tasks):
+        cells = rows[c["task"], c["first"], c["other"]]
+        cells += [f"{100 * c['mean']:+.1f} ± {100 * c['half']:.1f}", f"{c['corrected']:.2g}"]
+    out += [f"| {t} | {NAMES[a]} minus {NAMES[b]} | {' | '.join(cells)} |" for (t, a, b), cells in rows.items()]
+    return "\n".join(out) + "\n"
+
+
+def scores(lines: Lines, tasks: list[str]) -> Lines:
+    """A row per task and rule: mean and half width of the 95 % interval of every metric, over the seeds."""
+    out = []
+    for task in tasks:
+        for rule in RULES:
+            found = of(lines, part="seeds", task=task, rule=rule)
+            if not found:
+                continue
+            row = {"task": task, "rule": rule, "learning_rate": found[0]["learning_rate"], "seeds": len(found)}
+            rates = sorted({line["learning_rate"] for line in lines if line["part"] == "rates"})
+            row["at_the_edge"] = row["learning_rate"] in (rates[0], rates[-1])
+            for metric in METRICS:
+                row[metric], row[f"{metric}_half"] = interval([line[metric] for line in found])
+            out.append(row)
+    return out
+
+
+def score_table(rows: Lines) -> str:
+    out = [
+        "| task | rule | learning rate | seeds | new skill, % | retained, % | new skill, nats | retained, nats |",
+        "|" + " --- |" * 8,
+    ]
+    for r in rows:
+        edge = " (edge)" if r["at_the_edge"] else ""
+        cells = [f"{100 * r[m]:.1f} ± {100 * r[m + '_half']:.1f}" for m in METRICS[:2]]
+        cells += [f"{r[m]:.3f} ± {r[m + '_half']:.3f}" for m in METRICS[2:]]
+        rate = f"{r['learning_rate']:g}{edge}"
+        out.append(f"| {r['task']} | {NAMES[r['rule']]} | {rate} | {r['seeds']} | {' | '.join(cells)} |")
+    text = "\n".join(out) + "\n\nnats: negative log-likelihood per token of right answers to test problems."
+    if any(r["at_the_edge"] for r in rows):
+        text += " (edge): the chosen rate is the lowest or highest of those tried; a better one may lie beyond."
+    return text + "\n"
+
+
+def at_matched(points: list[tuple[float, float]], target: float) -> float | None:
+    """Retained accuracy where the new skill first reaches `target`, on straight lines between the rates' points."""
+    for (new, old), (next_new, next_old) in itertools.pairwise(points):
+        if new < target <= next_new:
+            return old + (next_old - old) * (target - new) / (next_new - new)
+    return points[0][1] if points[0][0] >= target else None
+
+
+def matched(lines: Lines, task: str) -> tuple[float, dict[str, list[float]]]:
+    """(new-skill accuracy, {rule: retained accuracy there, for each tuning seed whose line reaches it})."""
+    rates = of(lines, part="rates", task=task)
+    best = choose_rate(lines, task, "none")
+    target = MATCHED * mean(values(rates, "new", rule="none", learning_rate=best))
+    out: dict[str, list[float]] = {}
+    for rule in RULES:
+        for seed in sorted({line["seed"] for line in rates}):
+            points = sorted((x["learning_rate"], x["new"], x["retained"]) for x in of(rates, rule=rule, seed=seed))
+            found = at_matched([p[1:] for p in points], target) if points else None
+            out.setdefault(rule, []).extend([] if found is None else [found])
+    return target, out
+
+
+def matched_table(lines: Lines, tasks: list[str]) -> str:
+    out = ["| task | new skill held at | " + " | ".join(NAMES[rule] for rule in RULES) + " |"]
+    out.append("|" + " --- |" * (2 + len(RULES)))
+    for task in tasks:
+        target, retained = matched(lines, task)
+        cells = [f"{percent(r)} ({len(r)})" if r else "not reached" for r in retained.values()]
+        out.append(f"| {task} | {target:.1%} | {' | '.join(cells)} |")
+    return "\n".join(out) + (
+        f"\n\nRetained accuracy, %, where the new skill is at {MATCHED:.0%} of the best that SFT reaches, on straight "
+        "lines between the learning rates' validation scores; in brackets how many of the tuning seeds reach it.\n"
+    )
+
+
+def sweep(lines: Lines, task: str) -> dict[float, Lines]:
+    """{keep_ratio: lines of gmt at its chosen rate}, on the seeds that the sweep has."""
+    found: dict[float, Lines] = defaultdict(list)
+    for line in of(lines, part="keep_ratio", task=task):
+        found[line["keep_ratio"]].append(line)
+    seeds = {line["seed"] for group in found.values() for line in group}
+    found[KEEP_RATIO] = [x for x in of(lines, part="seeds", task=task, rule="gmt") if x["seed"] in seeds]
+    return dict(sorted(found.items()))
+
+
+def insensitive(lines: Lines, task: str) -> str:
+    groups = sweep(lines, task)
+    here = [line["new"] for line in groups.pop(KEEP_RATIO)]
+    groups.pop(1.0, None)  # that is SFT
+    if not groups or len(here) < 2 or any(len(group) != len(here) for group in groups.values()):
+        return "not measured"
+    differences = {k: np.subtract([line["new"] for line in group], here) for k, group in groups.items()}
+    corrected = dict(zip(differences, holm([paired_test(0 * d, d) for d in differences.values()]), strict=True))
+    intervals = {k: interval(d) for k, d in differences.items()}
+    worst = max(intervals, key=lambda k: abs(intervals[k][0]))
+    text = f"largest difference from {KEEP_RATIO}: {100 * intervals[worst][0]:+.1f} points at {worst:g}"
+    if all(abs(m) + half <= MARGIN for m, half in intervals.values()):
+        return f"**yes**: {text}"
+    if any(corrected[k] < LEVEL and abs(m) > MARGIN for k, (m, _) in intervals.items()):
+        return f"**no**: {text}, p = {corrected[worst]:.2g}"
+    return f"cannot tell: {text}"
+
+
+def sweep_table(lines: Lines, tasks: list[str]) -> str:
+    out = ["| task | keep_ratio | seeds | new skill, % | retained, % |", "|" + " --- |" * 5]
+    for task in tasks:
+        for keep_ratio, group in sweep(lines, task).items():
+            cells = [percent([line[m] for line in group]) for m in METRICS[:2] if group]
+            out.append(f"| {task} | {keep_ratio:g} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(out) + "\n\ngmt, at the rate chosen for it at keep_ratio 0.2; keep_ratio 1 is SFT at that rate.\n"
+
+
+def cost_table(folder: Path) -> str:
+    """Of bench_step.py's results, if they are there."""
+    path = folder / "cost.json"
+    if not path.exists():
+        return ""
+    cost = json.loads(path.read_text())
+    keys = list(cost["rows"][0])
+    rows = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
+    for row in cost["rows"]:
+        rows.append("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+    return "## Cost\n\nscripts/bench_step.py, the rules in turn at every repeat, medians:\n\n" + "\n".join(rows) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def panels(tasks: list[str], height: float = 4.4):
+    fig, axes = plt.subplots(1, len(tasks), figsize=(5.4 * len(tasks), height), squeeze=False)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        ax.set_title(f"New skill: {SKILLS[task]}", fontsize=10)
+    return fig, axes[0]
+
+
+def frontier_figure(lines: Lines, tasks: list[str], path: Path) -> None:
+    """Retained against new skill, a line per rule over the learning rates, means over the tuning seeds."""
+    fig, axes = panels(tasks)
+    for ax, task in zip(axes, tasks, strict=True):
+        for rule in RULES:
+            found = of(lines, part="rates", task=task, rule=rule)
+            rates = sorted({line["learning_rate"] for line in found})
+            new, old = (
+                [interval(values(found, metric, learning_rate=rate)) for rate in rates]
+                for metric in ("new", "retained")
+            )
+            colour, marker, dashes = STYLE[rule]
+            ax.errorbar(
+                [100 * m for m, _ in new], [100 * m for m, _ in old], xerr=[100 * h for _, h in new],
+                yerr=[100 * h for _, h in old], color=colour, marker=marker, linestyle=dashes, label=NAMES[rule],
+                markersize=6, linewidth=1.6, elinewidth=0.5, capsize=1.5,
+            )  # fmt: skip
+        ax.set(xlabel="new skill: accuracy (%)", ylabel="old skills: accuracy (%)", xlim=(-4, 104), ylim=(-4, 104))
+    axes[0].legend(fontsize=9)
+    fig.suptitle(
+        "Each line is one rule, each point one learning rate (rising along the line), with 95 % intervals over seeds",
+        fontsize=9,
+    )
+    save(fig, path)
+
+
+def seeds_figure(lines: Lines, tasks: list[str], path: Path) -> None:
+    """Every seed at the chosen rates, with the mean and its interval."""
+    fig, axes = panels(tasks)
+    for ax, task in zip(axes, tasks, strict=True):
+        for rule in RULES:
+            found = of(lines, part="seeds", task=task, rule=rule)
+            if not found:
+                continue
+            colour, marker, _ = STYLE[rule]
+            new, old = ([100 * line[metric] for line in found] for metric in ("new", "retained"))
+            ax.scatter(new, old, color=colour, marker=marker, s=14, alpha=0.35, linewidths=0)
+            (x, dx), (y, dy) = interval(new), interval(old)
+            ax.errorbar(
+                x, y, xerr=dx, yerr=dy, color=colour, marker=marker, markersize=8, capsize=3, label=NAMES[rule],
+                linestyle="none", markeredgecolor="white", markeredgewidth=0.7,
+            )  # fmt: skip
+        ax.set(xlabel="new skill: accuracy (%)", ylabel="old skills: accuracy (%)")
+        ax.margins(0.08)
+    axes[0].legend(fontsize=9)
+    fig.suptitle(
+        "Each rule at its chosen rate: small marks are seeds, large ones means with 95 % intervals", fontsize=9
+    )
+    save(fig, path)
+
+
+def sweep_figure(lines: Lines, tasks: list[str], path: Path) -> None:
+    """Accuracy against keep_ratio."""
+    fig, axes = panels(tasks, 3.8)
+    for ax, task in zip(axes, tasks, strict=True):
+        groups = sweep(lines, task)
+        for metric, label, rule in (("new", "new skill", "gmt"), ("retained", "old skills", "none")):
+            found = [interval([100 * line[metric] for line in group]) for group in groups.values() if group]
+            kept = [k for k, group in groups.items() if group]
+            colour, marker, dashes = STYLE[rule]
+            ax.errorbar(
+                kept, [m for m, _ in found], yerr=[h for _, h in found], color=colour, marker=marker, linestyle=dashes,
+                capsize=3, label=label,
+            )  # fmt: skip
+        ax.set(xlabel="keep_ratio", ylabel="accuracy (%)", ylim=(-4, 104), xlim=(0, 1.04))
+    axes[0].legend(fontsize=9)
+    fig.suptitle("gmt at its chosen learning rate, with 95 % intervals over seeds; keep_ratio 1 is SFT", fontsize=9)
+    save(fig, path)
