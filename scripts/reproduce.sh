@@ -4,7 +4,8 @@
 #   MODELS, RULES, SEEDS    what is run, e.g. MODELS=mistral_7b RULES="none gmt" SEEDS="0 1 2"; a model is a configs/ file's
 #   KEEP_RATIO=0.2          of gmt, rmt and drop (a choice of ours: the paper's value is not known to us)
 #   NPROC, ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml    processes (all GPUs of the machine), and how they are used
-#   OUT=outputs/reproduce_...   the results: OUT/MODEL/RULE_seedS/{final,eval}, OUT/MODEL/{base,drop_seedS}, OUT/MODEL/report.md
+#   OUT=outputs/reproduce_...   the results: OUT/MODEL/RULE_seedS/{final,eval}, OUT/MODEL/{base,drop_seedS},
+#                           OUT/MODEL/{report.md,report.csv,loss.png}; logs in OUT/logs
 #   DATA_DIR                local copies of the benchmarks (README: "Items come from"); empty: the Hub
 #   HUB_DIR                 what scripts/download.py has fetched (its models and datasets); empty: the Hub
 #   TASKS, EVAL_ARGS        what is scored; more words for eval.py, e.g. EVAL_ARGS="--limit 100"
@@ -171,7 +172,8 @@ one_model() { # one_model MODEL ARGS...: all that is run of a base model, and it
             folders+=("$run/eval")
         done
     done
-    stage "$model/report" "" scripts/report.py "${folders[@]}" "$OUT/$model/base/eval" --out "$OUT/$model/report.md"
+    stage "$model/report" "" scripts/report.py "${folders[@]}" "$OUT/$model/base/eval" \
+        --out "$OUT/$model/report.md" --csv "$OUT/$model/report.csv" --figures "$OUT/$model"
 }
 
 prepare() { # what is needed before the first plan

@@ -1,13 +1,22 @@
 """scripts/reproduce_*.sh, sweep_keep_ratio.sh: with stand-ins for programs, and (slow) whole in the reduced world."""
 
+import json
+import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_sandbox
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from reduced import SHAPES
+
+import plan
+from config import TrainConfig, parse
 
 STAND_INS = {
     # Python: what the scripts ask it, and the programs, which leave what the real ones would leave
@@ -115,7 +124,8 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
         assert f"{launcher} eval.py --model {model} --output_dir {where} {scored}" in done
     runs = [f"{rule}_seed{seed}" for seed in (0, 1) for rule in ("none", "rmt", "hft", "gmt", "drop")]
     folders = " ".join(f"OUT/mistral_7b/{name}/eval" for name in [*runs, "base"])
-    assert done[-1] == f"scripts/report.py {folders} --out OUT/mistral_7b/report.md"
+    written = "--out {0}/report.md --csv {0}/report.csv --figures {0}".format("OUT/mistral_7b")
+    assert done[-1] == f"scripts/report.py {folders} {written}"
     planned = next(line for line in done if line.startswith("scripts/dry_runs.py")).split(" -- ")
     assert len(planned) == 4 and "--rule hft" in planned[2] and "drop" not in " ".join(planned)
     assert (tmp_path / "planned_for").read_text() == "1 true\n"
@@ -201,10 +211,8 @@ def test_general_goes_on_with_dpo_from_the_same_rules_model(run, tmp_path):
     assert (
         sum("base/eval" in line and " eval.py " in line for line in done) == 4
     )  # both in its own format and in tulu's
-    assert done[-1].split()[1:] == [
-        *(f"OUT/llama2_7b/{name}_seed0/eval" for name in ("none", "gmt", "none_dpo", "gmt_dpo")),
-        *("OUT/llama2_7b/base/eval", "--out", "OUT/llama2_7b/report.md"),
-    ]
+    reported = [f"OUT/llama2_7b/{name}_seed0/eval" for name in ("none", "gmt", "none_dpo", "gmt_dpo")]
+    assert done[-1].split()[1:6] == [*reported, "OUT/llama2_7b/base/eval"]
     planned = next(line for line in done if line.startswith("scripts/dry_runs.py")).split(" -- ")
     assert len(planned) == 3 and "--model meta-llama/Llama-2-7b-hf --beta 0.3" in planned[2]
 
@@ -267,3 +275,173 @@ def test_mistakes_that_train_py_finds_come_out_before_anything_runs(run, tmp_pat
     code, _, err = finish(run("reproduce_math.sh", FAILS="scripts/dry_runs.py"))
     assert code == 2 and "train.py: error: this is wrong" in err and "stage plan failed (exit code 2)" in err
     assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/dry_runs.py"]
+
+
+# --- whole, in the reduced world: nothing is replaced ----------------------------------------------------------------
+
+
+def start(tmp_path: Path, script: str, *args: str, **variables: str) -> subprocess.Popen:
+    """A script with REDUCED=1; what it says is in tmp_path/said."""
+    env = {**os.environ, "REDUCED": "1", "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1", **variables}
+    env |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    said = open(tmp_path / "said", "w")  # noqa: SIM115  belongs to the process
+    command = ["bash", str(ROOT / "scripts" / script), *args]
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=said, stderr=said, start_new_session=True)
+
+
+def whole(tmp_path: Path, script: str, *args: str, **variables: str) -> str:
+    """What a script says that ends well."""
+    code = start(tmp_path, script, *args, **variables).wait(timeout=1200)
+    said = (tmp_path / "said").read_text()
+    assert code == 0, said[-3000:]
+    return said
+
+
+def wait_until(process: subprocess.Popen, path: Path, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, f"not there: {path}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_math_whole_and_cut(tmp_path):
+    """Every rule; SIGTERM in a training, SIGKILL at a checkpoint, SIGINT in a scoring; then all is there."""
+    out, args = tmp_path / "out/mistral_7b", ("--max_steps", "40", "--save_every", "10")
+    words = {"MODELS": "mistral_7b"}
+    process = start(tmp_path, "reproduce_math.sh", *args, **words)
+    wait_until(process, out / "none_seed0/checkpoints/step_000010/COMPLETED")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 143 and "stopped by SIGTERM" in (tmp_path / "said").read_text()
+    assert not (out / "none_seed0/final").exists()
+    process = start(tmp_path, "reproduce_math.sh", *args, **words)
+    wait_until(process, out / "rmt_seed0/checkpoints/step_000020/COMPLETED")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process = start(tmp_path, "reproduce_math.sh", *args, **words)
+    wait_until(process, out / "gmt_seed0/eval/gsm8k.metamath.parts")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=300) == 130
+    said = whole(tmp_path, "reproduce_math.sh", *args, **words)
+    for rule in ("none", "rmt", "hft", "gmt"):
+        run = json.loads((out / f"{rule}_seed0/run.json").read_text())
+        assert ("resumed" in run) == (rule in ("none", "rmt")) and run["config"]["rule"] == rule
+        steps = [json.loads(line)["step"] for line in (out / f"{rule}_seed0/metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 41))
+    report = (out / "report.md").read_text()
+    assert report in said and not list(out.rglob("checkpoints"))
+    for name in ("none_seed0", "rmt_seed0", "hft_seed0", "gmt_seed0", "drop_seed0", "base"):
+        assert f"\n| {name} |" in report
+        assert set(json.loads((out / name / "eval/scores.json").read_text())) == {
+            "gsm8k.metamath", "hendrycks_math.metamath",
+        }  # fmt: skip
+    assert "# Published scores" in report and "MetaMath-Mistral-7B" in report
+    assert (out / "report.csv").read_text().count("\n") == 1 + 6 * 4 and (out / "loss.png").exists()
+    *again, last = stages(whole(tmp_path, "reproduce_math.sh", *args, **words))
+    assert last == "mistral_7b/report" and all(stage.endswith(" is there") for stage in again)
+    assert len(again) == 1 + 1 + 5 * 2  # the world, the base model, five rules
+
+
+@pytest.mark.slow
+def test_sweep_whole(tmp_path):
+    whole(tmp_path, "sweep_keep_ratio.sh", KEEP_RATIOS="0.2 1.0", TASKS="gsm8k")
+    table = (tmp_path / "out/sweep.csv").read_text().splitlines()
+    columns = table[0].split(",")
+    assert [line.split(",")[columns.index("keep_ratio")] for line in table[1:]] == ["0.2", "0.2", "1.0", "1.0"]
+    assert (tmp_path / "out/sweep.png").exists() and "gmt_0.2" in (tmp_path / "out/report.md").read_text()
+
+
+@needs_sandbox
+@pytest.mark.slow
+def test_code_whole(tmp_path):
+    said = whole(tmp_path, "reproduce_code.sh", MODELS="deepseek_coder_6.7b", RULES="none gmt drop")
+    out = tmp_path / "out/deepseek_coder_6.7b"
+    assert set(json.loads((out / "base/eval/scores.json").read_text())) == {
+        f"{task}.evalplus{format}" for task in ("humaneval_plus", "mbpp_plus") for format in ("", ".magicoder")
+    }
+    assert (out / "report.md").read_text() in said and "DeepSeek-Coder-6.7B" in said
+
+
+@needs_sandbox
+@pytest.mark.slow
+def test_general_whole(tmp_path):
+    """SFT, DPO from that rule's model, and all six benchmarks."""
+    said = whole(tmp_path, "reproduce_general.sh", MODELS="llama2_13b", RULES="hft gmt")
+    out = tmp_path / "out/llama2_13b"
+    for rule in ("hft", "gmt"):
+        run = json.loads((out / f"{rule}_dpo_seed0/run.json").read_text())["config"]
+        assert run["model"] == str(out / f"{rule}_seed0/final")
+        assert (run["rule"], run["objective"], run["template"]) == (rule, "dpo", "tulu")
+    report = (out / "report.md").read_text()
+    assert report in said and "Tulu-2-DPO-13B" in report
+    tasks = ("mmlu", "gsm8k_8shot", "bbh", "tydiqa", "truthfulqa")
+    for name in ("hft_seed0", "gmt_seed0", "hft_dpo_seed0", "gmt_dpo_seed0", "base"):
+        scores = json.loads((out / name / "eval/scores.json").read_text())
+        own = {f"{task}.open_instruct" for task in tasks} if name == "base" else set()
+        assert set(scores) == own | {f"{task}.open_instruct.tulu" for task in tasks} | {
+            "humaneval_pass10.open_instruct"
+        }
+
+
+# --- what the README says of the real runs ----------------------------------------------------------------------------
+
+SIZES = {  # rows, of the data cards
+    "meta-math/MetaMathQA": 395_000,
+    "ise-uiuc/Magicoder-Evol-Instruct-110K": 111_183,
+    "allenai/tulu-v2-sft-mixture": 326_154,
+    "HuggingFaceH4/ultrafeedback_binarized": 61_135,
+}
+SCRIPTS = {
+    "reproduce_math.sh": ["math_mistral_7b", "math_llama3_8b"],
+    "reproduce_code.sh": ["code_mistral_7b", "code_deepseek_coder_6.7b"],
+    "reproduce_general.sh": ["general_llama2_7b", "general_llama2_13b", "dpo_llama2_7b", "dpo_llama2_13b"],
+}
+GPUS, GIB = 8, 2**30
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, dict[str, float]]:
+    """What --dry_run says of each configuration under FSDP2 on 8 GPUs, if every example has max_length tokens."""
+    found = {}
+    for name in (name for names in SCRIPTS.values() for name in names):
+        config = parse(TrainConfig, ["--config", str(ROOT / "configs" / f"{name}.yaml")])
+        cls, shape = SHAPES[config.model]
+        architecture, per_example = cls(**shape), 1 + (config.objective == "dpo")
+        model = plan.on_meta(config, architecture)
+        sharded, whole = (plan.tensor_bytes(config, model.parameters(), *on) for on in ((GPUS, True), (1, False)))
+        rows = min(config.global_batch_size // GPUS, config.micro_batch_tokens // config.max_length // per_example)
+        rows *= per_example
+        trained = rows * (config.max_length - 1)
+        activations = plan.activation_bytes(config, architecture, rows, config.max_length, trained)
+        n = SIZES[config.dataset[0]]
+        tokens = n * config.epochs * per_example * config.max_length
+        found[name] = {
+            "rows": n,
+            "steps": config.epochs * math.ceil(n / config.global_batch_size),
+            "memory": (sum(sharded.values()) + activations) / GIB,
+            "hours": tokens * plan.flops_per_token(model, config.max_length) / (0.4 * plan.PEAK_FLOPS["A100"]) / 3600,
+            "final": whole["weights"] / GIB,
+            "checkpoint": (whole["weights"] + whole["optimizer"]) / GIB,
+            "kept": config.keep_checkpoints + 1,
+        }
+    return found
+
+
+@pytest.mark.slow
+def test_the_readmes_table_of_plans(plans):
+    readme = (ROOT / "README.md").read_text()
+    for name, p in plans.items():
+        row = (
+            f"| {name} | {p['rows']:,} | {p['steps']:,} | {p['memory']:.0f} GiB | {p['hours']:.0f} | "
+            f"{p['final']:.0f} GiB | {p['checkpoint']:.0f} GiB |"
+        )
+        print(row)
+        assert row in readme
+    for script, names in SCRIPTS.items():
+        # all finals of the first model; of the second those that are there at its last training, and checkpoints
+        first, second = (plans[name] for name in names[:2])
+        models = 5 + 4 * (len(names) > 2)  # none, rmt, hft, gmt, drop, and DPO of the first four
+        trained_last = models - 1 if len(names) > 2 else models - 2  # drop comes after gmt, but before DPO
+        most = models * first["final"] + (trained_last + 1) * second["final"] + second["kept"] * second["checkpoint"]
+        print(script, most)
+        assert f"{script} {most:,.0f} GiB" in readme.replace("`", "").replace("\n", " ")
