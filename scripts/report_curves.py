@@ -87,8 +87,9 @@ def draw_forgetting(groups: list[Group], new: str, retained: list[str], path: Pa
         (mean_x, x_error), (mean_y, y_error) = in_per_cent(group, xs, [x_job]), in_per_cent(group, ys, y_jobs)
         each = [([100 * a], [100 * b]) for a, b in zip(xs, ys, strict=True)]
         curves.append(Curve(label, group.first.rule, [mean_x], [mean_y], [x_error], [y_error], each))
-    title = ", ".join(y_jobs) if len(y_jobs) < 3 else f"mean of {len(y_jobs)} retained tasks"
-    forgetting_figure(curves, f"new: {x_job}", f"retained: {title}", what_bars_are(groups), path)
+    names = [short(job, known) for job in y_jobs]
+    title = ", ".join(names) if len(names) < 4 else f"mean of {len(names)} tasks"
+    forgetting_figure(curves, f"new: {short(x_job, known)}", f"retained: {title}", what_bars_are(groups), path)
 
 
 def draw_sweep(groups: list[Group], path: Path) -> None:
@@ -98,7 +99,8 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
         UserError: no run has a keep_ratio.
     """
     panels = {}
-    for job in dict.fromkeys(job for group in groups for run in group.runs for job in run.scores):
+    jobs = list(dict.fromkeys(job for group in groups for run in group.runs for job in run.scores))
+    for job in jobs:
         here = [group for group in groups if first_metric(group, job)]
         lines: dict[str, list[Group]] = {}
         for group in here:
@@ -117,10 +119,16 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
             (without if ratios[0] is None else with_ratio).append(curve)
         if with_ratio:
             metric = first_metric(here[0], job)
-            panels[f"{job} {metric}"] = (with_ratio, without)
+            panels[f"{short(job, jobs)}: {metric}"] = (with_ratio, without)
     if not panels:
         raise UserError("--sweep: no run here has a keep_ratio (its run.json is looked for beside the eval folder)")
     sensitivity_figure(panels, what_bars_are(groups), path)
+
+
+def short(job: str, jobs: list[str]) -> str:
+    """The task of a task.protocol, where that is enough to tell it from the others."""
+    task = job.split(".")[0]
+    return task if sum(other.split(".")[0] == task for other in jobs) == 1 else job
 
 
 def find_job(word: str, known: list[str]) -> str:

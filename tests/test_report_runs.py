@@ -180,8 +180,8 @@ def test_what_the_figures_show(folders, tmp_path, drawn):
     assert "up to 3 seeds" in note and "over the items where there is one run" in note
 
     ((panels, *_),) = drawn["sensitivity_figure"]
-    assert list(panels) == ["gsm8k.metamath correct", "mmlu.open_instruct correct"]
-    with_ratio, levels = panels["gsm8k.metamath correct"]
+    assert list(panels) == ["gsm8k: correct", "mmlu: correct"]
+    with_ratio, levels = panels["gsm8k: correct"]
     assert [(c.label, c.x, [round(y, 6) for y in c.y]) for c in with_ratio] == [
         ("gmt", [0.2, 0.4], [62, 58]), ("one-off drop", [0.2], [32]),
     ]  # fmt: skip
@@ -225,6 +225,11 @@ def test_seeds_that_have_logged_other_steps(folders, tmp_path):
 def test_smoothing_against_a_mean_by_hand():
     assert report_figures.smooth([1, 2, 6, 3], 3) == [1.5, 3, 11 / 3, 4.5]
     assert report_figures.smooth([1, 2, 6], 1) == [1, 2, 6]
+
+
+def test_names_are_short_where_that_is_enough():
+    jobs = ["bbh.open_instruct", "bbh.open_instruct.tulu", "mmlu.open_instruct"]
+    assert [report_curves.short(job, jobs) for job in jobs] == [*jobs[:2], "mmlu"]
 
 
 def test_bad_input(folders, tmp_path):
