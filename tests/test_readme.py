@@ -111,6 +111,9 @@ def test_files_that_the_readme_names_exist():
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
+VARIABLES = r"""^([A-Z_]+=("[^"]*"|\S*) )*"""  # in front of a command
+
+
 def commands_of(text: str) -> list[str]:
     """Shell commands in the code blocks, indented lines and inline code of a Markdown text."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -120,14 +123,14 @@ def commands_of(text: str) -> list[str]:
     lines = [line for block in found for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`([^`]+)`", rest)
     lines = [" ".join(line.partition(" # ")[0].split()) for line in lines]
-    starts = r"([A-Z_]+=\S* )*(bash|sbatch|python|pip install|torchrun|accelerate launch)\b.*(\.sh|\.py|\.txt)\b"
-    return list(dict.fromkeys(line for line in lines if re.match(starts, line)))
+    programs = r"(bash|sbatch|python|pip install|torchrun|accelerate launch)\b.*\.(sh|py|txt)\b"
+    return list(dict.fromkeys(line for line in lines if re.match(VARIABLES + programs, line)))
 
 
 def test_commands_are_found():
-    text = "`bash a.sh` and `python\nb.py --x` but `c.py`\n\n    X=1 bash d.sh  # why\n    k = 1\n\n"
+    text = '`bash a.sh` and `python\nb.py --x` but `c.py`\n\n    X=1 Y="2 3" bash d.sh  # why\n    k = 1\n\n'
     text += "```\npython e.py \\\n  --y\n```\n```python\npython = 1\n```\n"
-    assert commands_of(text) == ["python e.py --y", "X=1 bash d.sh", "bash a.sh", "python b.py --x"]
+    assert commands_of(text) == ["python e.py --y", 'X=1 Y="2 3" bash d.sh', "bash a.sh", "python b.py --x"]
 
 
 COMMANDS = commands_of(README)
@@ -148,6 +151,12 @@ RUN_BY = {
     "sbatch scripts/slurm.sh": "tests/test_slurm.py::test_a_signal_reaches_the_training_processes",
     "python scripts/download.py": "tests/test_download.py::test_a_run_goes_without_the_hub",
     "python scripts/bench_": "tests/test_bench.py::test_it_measures",
+    "bash scripts/reproduce_math.sh": "tests/test_reproduce.py::test_math_whole",
+    "bash scripts/reproduce_code.sh": "tests/test_reproduce.py::test_code_whole",
+    "bash scripts/reproduce_general.sh": "tests/test_reproduce.py::test_general_whole",
+    "bash scripts/sweep_keep_ratio.sh": "tests/test_reproduce.py::test_sweep_whole",
+    "bash scripts/study.sh": "tests/test_study.py::test_a_tiny_study_runs_whole",
+    "python scripts/report.py results": "tests/test_study.py::test_the_report_finds_what_is_there",
     "torchrun --nproc_per_node": "tests/test_distributed.py::test_whole_runs_agree_on_1_2_and_3_processes_in_fp64",
     "accelerate launch --config_file configs/accelerate/cpu.yaml train.py ...": "scripts/stages.sh",
     "accelerate launch --config_file configs/accelerate/single_gpu.yaml": "tests/test_slurm.py::test_accelerate_config",
@@ -156,14 +165,19 @@ RUN_BY = {
 HERE = r"(accelerate launch |python )(--config_file \S+ )?(train|eval|scripts/report|scripts/drop)\.py (?!\.\.\.)"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not re.match(HERE, c)])
+def run_by(command: str) -> str:
+    """The place in RUN_BY of a command, without the variables in front of it; empty: none."""
+    command = re.sub(VARIABLES, "", command)
+    return next((place for start, place in RUN_BY.items() if command.startswith(start)), "")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if run_by(c) or not re.match(HERE, c)])
 def test_a_command_is_run_somewhere(command):
-    found = [place for start, place in RUN_BY.items() if command.startswith(start)]
-    assert found, f"README names {command!r}: say in RUN_BY which test runs it"
-    file, _, test = found[-1].partition("::")
+    assert run_by(command), f"README names {command!r}: say in RUN_BY which test runs it"
+    file, _, test = run_by(command).partition("::")
     text = (ROOT / file).read_text()
     script = re.search(r"[\w./]+\.(sh|py|txt)", command)[0]
-    assert f"def {test}" in text if test else script.removesuffix("requirements.txt") in text, found[-1]
+    assert f"def {test}" in text if test else script.removesuffix("requirements.txt") in text, run_by(command)
 
 
 FAST = ["--tasks", "gsm8k", "--dtype", "float32", "--workers", "1"]
@@ -192,7 +206,7 @@ def stand_in(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(HERE, c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(HERE, c) and not run_by(c)])
 def test_a_command_runs_here(command, stand_in, monkeypatch, capsys):
     """With a small model and data in the place of what it names, and training only planned."""
     program, words = re.match(HERE, command)[3], shlex.split(command[re.match(HERE, command).end() :])
