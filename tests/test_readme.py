@@ -141,7 +141,6 @@ RUN_BY = {
     "bash scripts/gsm8k_from_scratch.sh": "tests/test_scripts.py::test_the_real_gsm8k_goes_through_whole",
     "python scripts/quickstart_tune.py": "tests/test_scripts.py::test_quickstart_tune_takes_the_best_rate_of_each_rule",
     "bash scripts/reproduce_math.sh": "tests/test_reproduce.py::test_math_whole_and_cut",
-    "REDUCED=1 bash scripts/reproduce_math.sh": "tests/test_reproduce.py::test_math_whole_and_cut",
     "bash scripts/reproduce_code.sh": "tests/test_reproduce.py::test_code_whole",
     "bash scripts/reproduce_general.sh": "tests/test_reproduce.py::test_general_whole",
     "bash scripts/sweep_keep_ratio.sh": "tests/test_reproduce.py::test_sweep_whole",
@@ -151,16 +150,12 @@ RUN_BY = {
     "sbatch scripts/slurm.sh": "tests/test_slurm.py::test_a_signal_reaches_the_training_processes",
     "python scripts/download.py": "tests/test_download.py::test_a_run_goes_without_the_hub",
     "python scripts/bench_": "tests/test_bench.py::test_it_measures",
-    "bash scripts/reproduce_math.sh": "tests/test_reproduce.py::test_math_whole",
-    "bash scripts/reproduce_code.sh": "tests/test_reproduce.py::test_code_whole",
-    "bash scripts/reproduce_general.sh": "tests/test_reproduce.py::test_general_whole",
-    "bash scripts/sweep_keep_ratio.sh": "tests/test_reproduce.py::test_sweep_whole",
     "bash scripts/study.sh": "tests/test_study.py::test_a_tiny_study_runs_whole",
     "python scripts/report.py results": "tests/test_study.py::test_the_report_finds_what_is_there",
     "torchrun --nproc_per_node": "tests/test_distributed.py::test_whole_runs_agree_on_1_2_and_3_processes_in_fp64",
     "accelerate launch --config_file configs/accelerate/cpu.yaml train.py ...": "scripts/stages.sh",
     "accelerate launch --config_file configs/accelerate/single_gpu.yaml": "tests/test_slurm.py::test_accelerate_config",
-    "python train.py ...": "tests/test_plan.py::test_",
+    "python train.py ...": "tests/test_bad_input.py::test_programs_end_with_one_line_and_exit_code_2",
 }
 HERE = r"(accelerate launch |python )(--config_file \S+ )?(train|eval|scripts/report|scripts/drop)\.py (?!\.\.\.)"
 
