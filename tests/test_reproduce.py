@@ -307,10 +307,11 @@ def whole(tmp_path: Path, script: str, *args: str, **variables: str) -> str:
     return said
 
 
-def wait_until(process: subprocess.Popen, path: Path, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"not there: {path}"
+def wait_until(process: subprocess.Popen, tmp_path: Path, path: str) -> None:
+    deadline = time.monotonic() + 1500
+    while not (tmp_path / "out" / path).exists():
+        said = (tmp_path / "said").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, f"not there: {path}\n{said[-3000:]}"
         time.sleep(0.05)
 
 
@@ -320,16 +321,16 @@ def test_math_whole_and_cut(tmp_path):
     out, args = tmp_path / "out/mistral_7b", ("--max_steps", "40", "--save_every", "10")
     words = {"MODELS": "mistral_7b"}
     process = start(tmp_path, "reproduce_math.sh", *args, **words)
-    wait_until(process, out / "none_seed0/checkpoints/step_000010/COMPLETED")
+    wait_until(process, tmp_path, "mistral_7b/none_seed0/checkpoints/step_000010/COMPLETED")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 143 and "stopped by SIGTERM" in (tmp_path / "said").read_text()
     assert not (out / "none_seed0/final").exists()
     process = start(tmp_path, "reproduce_math.sh", *args, **words)
-    wait_until(process, out / "rmt_seed0/checkpoints/step_000020/COMPLETED")
+    wait_until(process, tmp_path, "mistral_7b/rmt_seed0/checkpoints/step_000020/COMPLETED")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process = start(tmp_path, "reproduce_math.sh", *args, **words)
-    wait_until(process, out / "gmt_seed0/eval/gsm8k.metamath.parts")
+    wait_until(process, tmp_path, "mistral_7b/gmt_seed0/eval/gsm8k.metamath.parts")
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=300) == 130
     said = whole(tmp_path, "reproduce_math.sh", *args, **words)
