@@ -49,7 +49,7 @@ from sources import data_files, load_all, split_cap
 from templates import TEMPLATES
 
 # Keys that may differ between a run and its resumption: they do not change what is computed.
-FREE_TO_CHANGE = {"output_dir", "resume", "resume_changed", "overwrite", "tokenise_processes"} | {
+FREE_TO_CHANGE = {"output_dir", "dry_run", "resume", "resume_changed", "overwrite", "tokenise_processes"} | {
     "save_every", "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard",
     "eval_every", "max_skipped_steps", "trackers",
 }  # fmt: skip

@@ -7,7 +7,8 @@
 #   OUT=outputs/reproduce_...   the results: OUT/MODEL/RULE_seedS/{final,eval}, OUT/MODEL/{base,drop_seedS},
 #                           OUT/MODEL/{report.md,report.csv,loss.png}; logs in OUT/logs
 #   DATA_DIR                local copies of the benchmarks (README: "Items come from"); empty: the Hub
-#   HUB_DIR                 what scripts/download.py has fetched (its models and datasets); empty: the Hub
+#   HUB_DIR                 what scripts/download.py has fetched: its models and datasets (of benchmarks it prints what to set);
+#                           empty: the Hub
 #   TASKS, EVAL_ARGS        what is scored; more words for eval.py, e.g. EVAL_ARGS="--limit 100"
 #   DPO_ARGS                more words for DPO's trainings (reproduce_general.sh)
 #   REDUCED=1               the whole of it on a CPU in minutes, offline: small random models of the same architectures, a

@@ -9,9 +9,12 @@ trap 'on_signal TERM 15' TERM
 trap 'on_signal USR1 10' USR1
 trap 'on_signal HUP 1' HUP
 
-on_signal() { # hand a signal on as USR1, of which train.py saves: Ctrl-C may have reached it already, and a second one kills
+on_signal() {
     stopped=${stopped:-$1 $2}
-    [ -n "$job" ] || end_as_signalled
+    case $job in '') end_as_signalled ;; starting) ;; *) hand_on ;; esac
+}
+
+hand_on() { # to the stage as USR1, of which train.py saves: Ctrl-C may have reached it already, and a second one would kill it
     # A launcher hands no signal on, and would die of it: its children are the training.
     if [ -z "$launched" ] || ! pkill -USR1 -P "$job"; then kill -USR1 "$job" 2>/dev/null || true; fi
 }
@@ -25,7 +28,7 @@ end_as_signalled() {
 # by this very command from these very inputs. An empty PRODUCT: always. The words of `how` are added, and not compared.
 how=()
 stage() {
-    local name=$1 product=$2 log="$OUT/logs/$1.log" code now words size writer start=$SECONDS
+    local name=$1 product=$2 log="$OUT/logs/$1.log" code now words size writer line start=$SECONDS
     shift 2
     [ -z "$stopped" ] || end_as_signalled
     now=$(describe "$(dirname "$product")" "$@")
@@ -40,10 +43,11 @@ stage() {
     launched=''
     case $1 in train.py | eval.py) launched=1 words=("${launch[@]}") ;; *) words=(python) ;; esac
     size=$(stat -c %s "$log" 2>/dev/null || echo 0)
-    exec 3> >(trap '' INT TERM USR1 HUP; exec tee -a "$log")
-    writer=$!
+    exec 3> >(trap '' INT TERM USR1 HUP; exec tee -pa "$log") # -p: goes on when its reader has gone
+    writer=$! job=starting
     "${words[@]}" "$@" ${how[@]+"${how[@]}"} </dev/null >&3 2>&3 3>&- &
     job=$!
+    [ -z "$stopped" ] || hand_on # it came while the stage was starting
     exec 3>&-
     while true; do # a signal ends `wait` early
         code=0
@@ -55,8 +59,8 @@ stage() {
     [ -z "$stopped" ] || end_as_signalled
     if [ "$code" != 0 ]; then
         # A launcher hides the program's own line and exit code behind a traceback of its own.
-        words=$(tail -c +$((size + 1)) "$log" | tr '\r' '\n' | grep -E '^[a-z_]+\.py: error: ' | head -n 1) || true
-        [ -z "$words" ] || { echo "$words" >&2; code=2; }
+        line=$(tail -c +$((size + 1)) "$log" | tr '\r' '\n' | grep -m 1 -E '^[a-z_]+\.py: error: ') || true
+        [ -z "$line" ] || { echo "$line" >&2; code=2; }
         echo "stage $name failed (exit code $code); its log: $log" >&2
         exit "$code"
     fi

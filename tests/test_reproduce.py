@@ -213,6 +213,11 @@ def test_general_goes_on_with_dpo_from_the_same_rules_model(run, tmp_path):
     )  # both in its own format and in tulu's
     reported = [f"OUT/llama2_7b/{name}_seed0/eval" for name in ("none", "gmt", "none_dpo", "gmt_dpo")]
     assert done[-1].split()[1:6] == [*reported, "OUT/llama2_7b/base/eval"]
+    # scores of a model that was trained again are not taken for the new one's
+    model = tmp_path / "out/llama2_7b/gmt_seed0/final/COMPLETED"
+    os.utime(model, (model.stat().st_atime, model.stat().st_mtime + 5))
+    code, _, err = finish(run("reproduce_general.sh", "--max_steps", "5", **words))
+    assert code == 2 and "gmt_seed0/eval_tulu_bbh: error: " in err and "or of other inputs" in err
     planned = next(line for line in done if line.startswith("scripts/dry_runs.py")).split(" -- ")
     assert len(planned) == 3 and "--model meta-llama/Llama-2-7b-hf --beta 0.3" in planned[2]
 
@@ -236,7 +241,9 @@ def test_the_reduced_world_and_a_folder_of_downloads(run, tmp_path):
 
 
 def test_sweep(run, tmp_path):
-    words = {"CONFIG": "configs/code_mistral_7b.yaml", "KEEP_RATIOS": "0.1 1.0"}
+    config = tmp_path / "code_mine.yaml"
+    config.write_text((ROOT / "configs/code_mistral_7b.yaml").read_text())
+    words = {"CONFIG": "code_mine.yaml", "KEEP_RATIOS": "0.1 1.0"}
     code, _, err = finish(run("sweep_keep_ratio.sh", **words))
     assert code == 0, err
     done = calls(tmp_path)
@@ -245,6 +252,9 @@ def test_sweep(run, tmp_path):
     assert all("--rule gmt" in line and "ise-uiuc/Magicoder-Evol-Instruct-110K" in line for line in trained)
     folders = "OUT/gmt_0.1_seed0/eval OUT/gmt_1.0_seed0/eval"
     assert done[-1] == f"scripts/report.py --sweep {folders} --csv OUT/sweep.csv --out OUT/report.md"
+    config.write_text(config.read_text() + "seed: 3\n")
+    code, _, err = finish(run("sweep_keep_ratio.sh", **words))
+    assert code == 2 and "gmt_0.1_seed0/train: error: " in err and "of another command or of other inputs" in err
     code, _, err = finish(run("sweep_keep_ratio.sh", CONFIG="configs/no.yaml"))
     assert code == 2 and err == "sweep_keep_ratio.sh: error: CONFIG=configs/no.yaml: no such file\n"
 
@@ -291,16 +301,17 @@ def start(tmp_path: Path, script: str, *args: str, **variables: str) -> subproce
 
 def whole(tmp_path: Path, script: str, *args: str, **variables: str) -> str:
     """What a script says that ends well."""
-    code = start(tmp_path, script, *args, **variables).wait(timeout=1200)
+    code = start(tmp_path, script, *args, **variables).wait(timeout=2400)
     said = (tmp_path / "said").read_text()
     assert code == 0, said[-3000:]
     return said
 
 
-def wait_until(process: subprocess.Popen, path: Path, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"not there: {path}"
+def wait_until(process: subprocess.Popen, tmp_path: Path, path: str) -> None:
+    deadline = time.monotonic() + 1500
+    while not (tmp_path / "out" / path).exists():
+        said = (tmp_path / "said").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, f"not there: {path}\n{said[-3000:]}"
         time.sleep(0.05)
 
 
@@ -310,16 +321,16 @@ def test_math_whole_and_cut(tmp_path):
     out, args = tmp_path / "out/mistral_7b", ("--max_steps", "40", "--save_every", "10")
     words = {"MODELS": "mistral_7b"}
     process = start(tmp_path, "reproduce_math.sh", *args, **words)
-    wait_until(process, out / "none_seed0/checkpoints/step_000010/COMPLETED")
+    wait_until(process, tmp_path, "mistral_7b/none_seed0/checkpoints/step_000010/COMPLETED")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 143 and "stopped by SIGTERM" in (tmp_path / "said").read_text()
     assert not (out / "none_seed0/final").exists()
     process = start(tmp_path, "reproduce_math.sh", *args, **words)
-    wait_until(process, out / "rmt_seed0/checkpoints/step_000020/COMPLETED")
+    wait_until(process, tmp_path, "mistral_7b/rmt_seed0/checkpoints/step_000020/COMPLETED")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process = start(tmp_path, "reproduce_math.sh", *args, **words)
-    wait_until(process, out / "gmt_seed0/eval/gsm8k.metamath.parts")
+    wait_until(process, tmp_path, "mistral_7b/gmt_seed0/eval/gsm8k.metamath.parts")
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=300) == 130
     said = whole(tmp_path, "reproduce_math.sh", *args, **words)

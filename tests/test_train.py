@@ -249,6 +249,11 @@ def test_resume_refuses_another_run_and_lists_the_differences(tmp_path, train_ar
     write_rows(rows, [{"query": "q", "response": "r"}] * 70)
     with pytest.raises(UserError, match=r"holds: fingerprint: '\w+' -> '\w+' \(--resume_changed goes on\)"):
         train.main([*words, "--resume"])
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(UserError, match="holds: learning_rate"):
+        train.main([*words, "--resume", "--dry_run", "--learning_rate", "1e-2"])
+    train.main([*words, "--resume", "--dry_run"])
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
     train.main([*words, "--resume", "--resume_changed"])
     assert read_metrics(tmp_path / "run")[-1]["step"] == 10
 
