@@ -15,7 +15,7 @@ from statistics import mean
 import numpy as np
 from report_figures import NAMES, STYLE, plt, save
 from stats import holm, interval, paired_test
-from study import KEEP_RATIO, RULES, read_lines
+from study import KEEP_RATIO, RULES, choose_rate, read_lines
 
 LEVEL, MARGIN = 0.05, 0.05  # MARGIN: of accuracy, 5 points
 MATCHED = 0.5  # forgetting is compared where a rule's new skill is this share of the best that SFT reaches
@@ -26,7 +26,7 @@ Lines = list[dict]
 
 def write_report(folder: Path) -> str:
     """Write README.md, scores.csv and figures into the folder that holds runs.jsonl; returns README.md's text."""
-    lines, about = read_lines(folder / "runs.jsonl"), json.loads((folder / "study.json").read_text())
+    lines, about = at_chosen_rates(read_lines(folder / "runs.jsonl")), json.loads((folder / "study.json").read_text())
     tasks = [task for task in SKILLS if any(line["task"] == task for line in lines)]
     frontier_figure(lines, tasks, folder / "frontier")
     seeds_figure(lines, tasks, folder / "seeds")
@@ -46,6 +46,13 @@ def write_report(folder: Path) -> str:
     text = "\n".join(part for part in parts if part)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
+
+
+def at_chosen_rates(lines: Lines) -> Lines:
+    """All lines but those of the part seeds at another than the rule's chosen rate: drop is made of all of none's."""
+    pairs = {(line["task"], line["rule"]) for line in lines}
+    chosen = {pair: choose_rate(lines, *pair) for pair in pairs}
+    return [x for x in lines if x["part"] != "seeds" or x["learning_rate"] == chosen[x["task"], x["rule"]]]
 
 
 def of(lines: Lines, **wanted: object) -> Lines:

@@ -182,6 +182,16 @@ def test_the_report_finds_what_is_there_and_nothing_else(results):
     assert len(rows) == 1 + 12 and rows[0].startswith("task,rule,learning_rate,seeds")
 
 
+def test_drops_at_another_than_the_chosen_rate_are_left_out(results):
+    text = study_report.write_report(results)
+    with open(results / "runs.jsonl", "a") as f:  # what the models of rule none at their own rate give
+        for seed in range(12):
+            f.write(json.dumps(line("seeds", "code", "drop", 1e-4, seed, 0.0, 0.0, 0.2)) + "\n")
+    assert [x for x in study_report.write_report(results).splitlines() if "runs.jsonl" not in x] == [
+        x for x in text.splitlines() if "runs.jsonl" not in x
+    ]
+
+
 def test_the_contrary_is_said(results):
     lines = study.read_lines(results / "runs.jsonl")
     for x in lines:
