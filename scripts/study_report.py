@@ -8,7 +8,7 @@ difference from keep_ratio 0.2 lies within MARGIN; all else this study cannot te
 import csv
 import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean
 
@@ -65,10 +65,10 @@ def values(lines: Lines, metric: str, **wanted: object) -> list[float]:
     return [line[metric] for line in of(lines, **wanted)]
 
 
-def percent(numbers: list[float], signed: bool = False) -> str:
+def percent(numbers: list[float]) -> str:
     """Mean and 95 % interval, in per cent."""
     middle, half = interval(numbers)
-    return f"{100 * middle:{'+' if signed else ''}.1f} ± {100 * half:.1f}"
+    return f"{100 * middle:.1f}" + (f" ± {100 * half:.1f}" if len(numbers) > 1 else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +104,7 @@ def answers(lines: Lines, tasks: list[str]) -> str:
     """The paper's claims, one by one."""
     out = ["## What became of the claims\n", "| claim | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
     found = {(c["task"], c["metric"], c["first"], c["other"]): c for c in comparisons(lines, tasks)}
+    counts: Counter[str] = Counter()
 
     def verdict(task: str, metric: str, first: str, other: str) -> str:
         c = found.get((task, metric, first, other))
@@ -112,6 +113,7 @@ def answers(lines: Lines, tasks: list[str]) -> str:
         word = "cannot tell"
         if c["corrected"] < LEVEL:
             word = "**yes**" if c["mean"] > 0 else "**no, the contrary**"
+        counts[word] += 1
         return f"{word}: {100 * c['mean']:+.1f} points, p = {c['corrected']:.2g}"
 
     for metric, what in (("new", "learns more of the new skill than"), ("retained", "retains more than")):
@@ -122,7 +124,10 @@ def answers(lines: Lines, tasks: list[str]) -> str:
     cells = " | ".join(insensitive(lines, task) for task in tasks)
     out.append(f"| gmt is insensitive to keep_ratio ({MARGIN:.0%} either way) | {cells} |")
     out.append(
-        "\np: exact paired test over seeds (all flips of signs), corrected by Holm over all comparisons of the table.\n"
+        f"\nOf {counts.total()} comparisons {counts['**yes**']} hold, in {counts['**no, the contrary**']} the contrary "
+        f"does, {counts['cannot tell']} this study cannot tell. p: exact paired test over seeds (all flips of signs), "
+        "corrected by Holm over all comparisons of the table. A rule that learns less and retains more may just have "
+        "taken smaller steps: the frontier below compares them at equal learning.\n"
     )
     return "\n".join(out)
 
@@ -198,37 +203,64 @@ def score_table(rows: Lines) -> str:
 
 
 def at_matched(points: list[tuple[float, float]], target: float) -> float | None:
-    """Retained accuracy where the new skill first reaches `target`, on straight lines between the rates' points."""
+    """What is retained where the new skill first reaches `target`, on straight lines between points (new, retained)."""
     for (new, old), (next_new, next_old) in itertools.pairwise(points):
         if new < target <= next_new:
             return old + (next_old - old) * (target - new) / (next_new - new)
     return points[0][1] if points[0][0] >= target else None
 
 
-def matched(lines: Lines, task: str) -> tuple[float, dict[str, list[float]]]:
-    """(new-skill accuracy, {rule: retained accuracy there, for each tuning seed whose line reaches it})."""
+def matched(lines: Lines, task: str, in_nats: bool) -> tuple[float, dict[str, dict[int, float]]]:
+    """(score of the new skill, {rule: {tuning seed: retained score there}}), without the seeds that do not reach it.
+
+    The score of the new skill is MATCHED of SFT's best mean accuracy, or SFT's mean negative log-likelihood at its
+    chosen rate. Likelihoods are interpolated on a logarithmic scale, on which their curves are straighter.
+    """
     rates = of(lines, part="rates", task=task)
-    of_none = {line["learning_rate"] for line in rates}
-    target = MATCHED * max(mean(values(rates, "new", rule="none", learning_rate=rate)) for rate in of_none)
-    out: dict[str, list[float]] = {}
-    for rule in RULES:
-        for seed in sorted({line["seed"] for line in rates}):
-            points = sorted((x["learning_rate"], x["new"], x["retained"]) for x in of(rates, rule=rule, seed=seed))
-            found = at_matched([p[1:] for p in points], target) if points else None
-            out.setdefault(rule, []).extend([] if found is None else [found])
+    if in_nats:
+        target = mean(values(rates, "new_nll", rule="none", learning_rate=choose_rate(lines, task, "none")))
+    else:
+        tried = {line["learning_rate"] for line in rates}
+        target = MATCHED * max(mean(values(rates, "new", rule="none", learning_rate=rate)) for rate in tried)
+    out: dict[str, dict[int, float]] = {rule: {} for rule in RULES}
+    for rule, seed in itertools.product(RULES, sorted({line["seed"] for line in rates})):
+        found = sorted(of(rates, rule=rule, seed=seed), key=lambda line: line["learning_rate"])
+        if in_nats:
+            points = [(-np.log(x["new_nll"]), np.log(x["retained_nll"])) for x in found]
+            at = at_matched(points, -np.log(target))
+        else:
+            at = at_matched([(x["new"], x["retained"]) for x in found], target)
+        if at is not None:
+            out[rule][seed] = float(np.exp(at)) if in_nats else at
     return target, out
 
 
 def matched_table(lines: Lines, tasks: list[str]) -> str:
     out = ["| task | new skill held at | " + " | ".join(NAMES[rule] for rule in RULES) + " |"]
     out.append("|" + " --- |" * (2 + len(RULES)))
-    for task in tasks:
-        target, retained = matched(lines, task)
-        cells = [f"{percent(r)} ({len(r)})" if r else "not reached" for r in retained.values()]
-        out.append(f"| {task} | {target:.1%} | {' | '.join(cells)} |")
+    for task, in_nats in itertools.product(tasks, (False, True)):
+        target, retained = matched(lines, task, in_nats)
+        cells = []
+        for rule, found in retained.items():
+            both = sorted(found.keys() & retained["none"].keys())
+            text = "-"
+            if found:
+                middle = mean(found.values())
+                text = f"{middle:.3f}" if in_nats else f"{100 * middle:.1f}"
+            if rule != "none" and len(both) > 1:
+                pairs = [(found[seed], retained["none"][seed]) for seed in both]
+                middle, half = interval([np.log(a / b) if in_nats else 100 * (a - b) for a, b in pairs])
+                if in_nats:
+                    text += f" (x {np.exp(middle):.2f}, {np.exp(middle - half):.2f} to {np.exp(middle + half):.2f})"
+                else:
+                    text += f" ({middle:+.1f} ± {half:.1f})"
+            cells.append(text)
+        score = f"{target:.3f} nats" if in_nats else f"{target:.1%}"
+        out.append(f"| {task} | {score} | {' | '.join(cells)} |")
     return "\n".join(out) + (
-        f"\n\nRetained accuracy, %, where the new skill is at {MATCHED:.0%} of the best that SFT reaches, on straight "
-        "lines between the learning rates' validation scores; in brackets how many of the tuning seeds reach it.\n"
+        "\n\nWhat is retained, in % or in nats (less is better), where each rule has the same score on the new skill, on "
+        "straight lines between its learning rates' validation scores. In brackets: difference from SFT, or ratio to it, "
+        "paired by tuning seed, with 95 % intervals. -: no rate reaches that score.\n"
     )
 
 
