@@ -86,7 +86,7 @@ def draw(cells: list[dict], title: str, path: Path) -> None:
         ax.set_title(label, fontsize=10)
         ax.set_xticks(range(len(kinds)), kinds, rotation=90)
         every = max(1, len(layers) // 32 + (len(layers) > 40))
-        ax.set_yticks(range(0, len(layers), every), layers[::every])
+        ax.set_yticks(range(0, len(layers), every), layers[::every], fontsize=9)
         for (row, column), value in np.ndenumerate(grid) if small else ():
             if np.isfinite(value):
                 colour = "black" if value > 0.6 * np.nanmax(grid) else "white"

@@ -30,7 +30,8 @@ from mask_figure import mask_figure
 from published import PUBLISHED
 from report_curves import draw
 from report_figures import NAMES
-from report_runs import Group, Run, group_runs, mean_interval, read_runs
+from report_runs import Group, Run, group_runs, read_runs
+from stats import interval
 
 from config import UserError, run_main
 from run_folder import MASKS
@@ -165,7 +166,7 @@ def over_seeds(groups: list[Group], keys: list[tuple[str, str]]) -> str:
             text = plus_minus(list(values.values())) if values else ""
             others = several[0].values(job, metric)
             if group is not several[0] and len(common := sorted(set(values) & set(others) - {None})) > 1:
-                mean, half = mean_interval([values[seed] - others[seed] for seed in common])
+                mean, half = interval([values[seed] - others[seed] for seed in common])
                 text += f" ({100 * mean:+.2f} ± {100 * half:.2f})"
             cells.append(text)
         rows.append([group.name, *facts(group.first), len(group.runs), *cells])
@@ -178,8 +179,8 @@ def over_seeds(groups: list[Group], keys: list[tuple[str, str]]) -> str:
 
 
 def plus_minus(values: list[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{100 * mean:.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+    mean, half = interval(values)
+    return f"{100 * mean:.2f}" + ("" if math.isnan(half) else f" ± {100 * half:.2f}")
 
 
 def write_csv(runs: list[Run], path: Path) -> None:

@@ -9,7 +9,8 @@ from statistics import fmean
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from report_figures import NAMES, Curve, forgetting_figure, loss_figure, sensitivity_figure, smooth
-from report_runs import Group, Run, group_runs, labels, mean_interval, read_metrics
+from report_runs import Group, Run, group_runs, labels, read_metrics
+from stats import interval
 
 from config import UserError, nearest
 
@@ -83,11 +84,12 @@ def draw_forgetting(groups: list[Group], new: str, retained: list[str], path: Pa
         of_y = [group.values(job, first_metric(group, job)) for job in y_jobs]
         seeds = [seed for seed in x if all(seed in values for values in of_y)]
         xs, ys = [x[s] for s in seeds], [fmean(v[s] for v in of_y) for s in seeds]
-        (mean_x, x_error), (mean_y, y_error) = interval(group, xs, [x_job]), interval(group, ys, y_jobs)
+        (mean_x, x_error), (mean_y, y_error) = in_per_cent(group, xs, [x_job]), in_per_cent(group, ys, y_jobs)
         each = [([100 * a], [100 * b]) for a, b in zip(xs, ys, strict=True)]
         curves.append(Curve(label, group.first.rule, [mean_x], [mean_y], [x_error], [y_error], each))
-    title = ", ".join(y_jobs) if len(y_jobs) < 3 else f"mean of {len(y_jobs)} retained tasks"
-    forgetting_figure(curves, f"new: {x_job}", f"retained: {title}", what_bars_are(groups), path)
+    names = [short(job, known) for job in y_jobs]
+    title = ", ".join(names) if len(names) < 4 else f"mean of {len(names)} tasks"
+    forgetting_figure(curves, f"new: {short(x_job, known)}", f"retained: {title}", what_bars_are(groups), path)
 
 
 def draw_sweep(groups: list[Group], path: Path) -> None:
@@ -97,7 +99,8 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
         UserError: no run has a keep_ratio.
     """
     panels = {}
-    for job in dict.fromkeys(job for group in groups for run in group.runs for job in run.scores):
+    jobs = list(dict.fromkeys(job for group in groups for run in group.runs for job in run.scores))
+    for job in jobs:
         here = [group for group in groups if first_metric(group, job)]
         lines: dict[str, list[Group]] = {}
         for group in here:
@@ -108,7 +111,7 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
         for line, label in zip(lines.values(), named, strict=True):
             line.sort(key=lambda group: group.first.keep_ratio or 0)
             points = [list(group.values(job, first_metric(group, job)).values()) for group in line]
-            means = [interval(group, values, [job]) for group, values in zip(line, points, strict=True)]
+            means = [in_per_cent(group, values, [job]) for group, values in zip(line, points, strict=True)]
             ratios = [group.first.keep_ratio for group in line]
             each = [([r] * len(v), [100 * s for s in v]) for r, v in zip(ratios, points, strict=True) if len(v) > 1]
             y, y_error = [m for m, _ in means], [e for _, e in means]
@@ -116,10 +119,16 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
             (without if ratios[0] is None else with_ratio).append(curve)
         if with_ratio:
             metric = first_metric(here[0], job)
-            panels[f"{job} {metric}"] = (with_ratio, without)
+            panels[f"{short(job, jobs)}: {metric}"] = (with_ratio, without)
     if not panels:
         raise UserError("--sweep: no run here has a keep_ratio (its run.json is looked for beside the eval folder)")
     sensitivity_figure(panels, what_bars_are(groups), path)
+
+
+def short(job: str, jobs: list[str]) -> str:
+    """The task of a task.protocol, where that is enough to tell it from the others."""
+    task = job.split(".")[0]
+    return task if sum(other.split(".")[0] == task for other in jobs) == 1 else job
 
 
 def find_job(word: str, known: list[str]) -> str:
@@ -135,10 +144,10 @@ def first_metric(group: Group, job: str) -> str:
     return next((next(iter(run.scores[job]["metrics"])) for run in group.runs if job in run.scores), "")
 
 
-def interval(group: Group, values: list[float], jobs: list[str]) -> tuple[float, float]:
-    """Mean in per cent and half of its 95 % interval: over seeds, or over the items where there is one run."""
-    mean, half = mean_interval(values)
-    if half is None:
+def in_per_cent(group: Group, values: list[float], jobs: list[str]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval: over seeds, or over the items where there is one run."""
+    mean, half = interval(values)
+    if math.isnan(half):
         errors = [group.standard_error(job, first_metric(group, job)) for job in jobs]
         half = 1.96 * math.hypot(*errors) / len(jobs)
     return 100 * mean, 100 * half

@@ -125,10 +125,11 @@ def sensitivity_figure(panels: dict[str, tuple[list[Curve], list[Curve]]], note:
             ax.set_xscale("log")
         else:
             ax.set_xlim(0, 1.03)
-        ax.set(xlabel="keep_ratio (fraction of entries kept)", ylabel=f"{metric} (%)")
+        ax.set(xlabel="keep_ratio (fraction of entries kept)", ylabel="score (%)")
+        ax.set_title(metric, fontsize=11)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    axes[0, 0].set_title(note, fontsize=9, color="#444444", loc="left")
+    fig.suptitle(note, fontsize=9, color="#444444", x=0.01, horizontalalignment="left")
     _legend(fig, axes.flat[: len(panels)])
     save(fig, path)
 

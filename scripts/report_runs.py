@@ -3,13 +3,10 @@
 import json
 import os
 import re
-import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import UserError
@@ -70,14 +67,6 @@ class Group:
     def standard_error(self, job: str, metric: str) -> float:
         """Over the items, of the first run that has the score; 0 where scores.json has none."""
         return next(r.scores[job]["metrics"][metric]["standard_error"] or 0.0 for r in self.runs if job in r.scores)
-
-
-def mean_interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95 % interval by Student's t; None for a single value."""
-    n = len(values)
-    if n < 2:
-        return values[0], None
-    return statistics.fmean(values), float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / n**0.5
 
 
 def read_runs(folders: list[Path]) -> list[Run]:

@@ -92,12 +92,13 @@ def training_rows(skill: str, n: int, seed: int, split: str = "train") -> list[d
     ]
 
 
-def base_rows(n: int, seed: int) -> list[dict]:
-    """What a base model learns, in columns prompt, response: n problems of each old skill, and n simple functions."""
-    rows = [row for skill in OLD_SKILLS for row in training_rows(skill, n, seed)]
+def base_rows(seed: int) -> list[dict]:
+    """What a base model learns, in columns prompt, response: the old skills, the hard ones most, simple functions."""
+    counts = {"add": 10_000, "subtract": 10_000, "reverse": 4_000}
+    rows = [row for skill in OLD_SKILLS for row in training_rows(skill, counts[skill], seed)]
     rows = [{"prompt": ALPACA.format(instruction=row["query"]), "response": row["response"]} for row in rows]
     rng = random.Random(f"simple {seed}")
-    simple = (function(rng, simple=True) for _ in range(n))
+    simple = (function(rng, simple=True) for _ in range(4_000))
     return rows + [{"prompt": prompt, "response": body} for _, prompt, body in simple]
 
 

@@ -68,14 +68,6 @@ def folders(tmp_path) -> list[Path]:
     return made
 
 
-def test_interval_of_students_t_by_hand():
-    # 3 values: t of 2 degrees of freedom is 4.3027; standard deviation 2, of the mean 2 / sqrt(3)
-    mean, half = report_runs.mean_interval([50, 52, 54])
-    assert mean == 52 and half == pytest.approx(4.302653 * 2 / 3**0.5, rel=1e-6)
-    assert report_runs.mean_interval([0, 1]) == (0.5, pytest.approx(12.7062 * 0.5**0.5 / 2**0.5, rel=1e-5))
-    assert report_runs.mean_interval([7]) == (7, None)
-
-
 def test_what_folders_tell_of_a_run(folders, tmp_path):
     base, none, *_, drop = report_runs.read_runs(folders)
     assert (base.name, base.rule, base.model, base.seed, base.training) == ("base", "base", BASE, None, None)
@@ -134,6 +126,7 @@ def test_a_base_model_that_was_trained_here(tmp_path):
 def test_means_over_seeds(folders):
     rows = table(report.report(report_runs.read_runs(folders)), "Means over training seeds")
     assert list(rows) == ["base", "none", "gmt", "gmt_0.4_seed0", "drop"]
+    # 50, 52, 54: t of 2 degrees of freedom is 4.3027, the standard deviation 2, of the mean 2 / sqrt(3)
     assert rows["none"]["gsm8k.metamath correct"] == "52.00 ± 4.97" and rows["none"]["seeds"] == "3"
     # differences 10, 11, 9, seed by seed: standard deviation 1
     assert rows["gmt"]["gsm8k.metamath correct"] == "62.00 ± 4.30 (+10.00 ± 2.48)"
@@ -187,8 +180,8 @@ def test_what_the_figures_show(folders, tmp_path, drawn):
     assert "up to 3 seeds" in note and "over the items where there is one run" in note
 
     ((panels, *_),) = drawn["sensitivity_figure"]
-    assert list(panels) == ["gsm8k.metamath correct", "mmlu.open_instruct correct"]
-    with_ratio, levels = panels["gsm8k.metamath correct"]
+    assert list(panels) == ["gsm8k: correct", "mmlu: correct"]
+    with_ratio, levels = panels["gsm8k: correct"]
     assert [(c.label, c.x, [round(y, 6) for y in c.y]) for c in with_ratio] == [
         ("gmt", [0.2, 0.4], [62, 58]), ("one-off drop", [0.2], [32]),
     ]  # fmt: skip
@@ -232,6 +225,11 @@ def test_seeds_that_have_logged_other_steps(folders, tmp_path):
 def test_smoothing_against_a_mean_by_hand():
     assert report_figures.smooth([1, 2, 6, 3], 3) == [1.5, 3, 11 / 3, 4.5]
     assert report_figures.smooth([1, 2, 6], 1) == [1, 2, 6]
+
+
+def test_names_are_short_where_that_is_enough():
+    jobs = ["bbh.open_instruct", "bbh.open_instruct.tulu", "mmlu.open_instruct"]
+    assert [report_curves.short(job, jobs) for job in jobs] == [*jobs[:2], "mmlu"]
 
 
 def test_bad_input(folders, tmp_path):

@@ -97,6 +97,39 @@ def test_the_real_gsm8k_goes_through_whole(clone):
     print((clone / "log.txt").read_text()[-2000:])
 
 
+def test_quickstart_tune_takes_the_best_rate_of_each_rule(tmp_path, monkeypatch, capsys):
+    """With stand-ins for training and scoring, whose words are parsed; at the third rate the two skills are best."""
+    from config import EvalConfig, TrainConfig, parse
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import quickstart_tune as tune
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "configs").mkdir()
+    skills = ["sort"] * 10 + ["add"] * 10
+    write_rows(tmp_path / "data" / "validation.jsonl", [{"skill": skill} for skill in skills])
+    trained = []
+
+    def score(words: list[str]) -> None:
+        config = parse(EvalConfig, words)
+        rate = [float(r) for r in tune.RATES].index(trained[-1].learning_rate)
+        new, old = ((2, 9), (4, 8), (6, 7), (9, 2), (10, 0))[rate]  # harmonic means 3.3, 5.3, 6.5, 3.3, 0
+        right = {*range(new), *range(10, 10 + old)}
+        out = Path(config.output_dir)
+        out.mkdir(parents=True)
+        lines = [{"id": i, "correct": i in right} for i in range(20)]
+        write_rows(out / "gsm8k.metamath.jsonl", lines)
+
+    monkeypatch.setattr(tune.train, "main", lambda words: trained.append(parse(TrainConfig, words)))
+    monkeypatch.setattr(tune.evaluation, "main", score)
+    monkeypatch.setattr(tune, "ROOT", tmp_path)
+    tune.main(tmp_path)
+    assert len(trained) == 4 * 5 and {c.rule for c in trained} == {"none", "rmt", "hft", "gmt"}
+    assert (tmp_path / "configs" / "quickstart_rates.txt").read_text().splitlines()[1:] == [
+        "none 1e-4", "rmt 1e-4 0.2", "hft 1e-4", "gmt 1e-4 0.2",
+    ]  # fmt: skip
+
+
 def test_gsm8k_rows_in_metamaths_schema(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     answer = "She has 1000+200=<<1000+200=1200>>1,200 figs.\n#### 1,200"

@@ -82,13 +82,14 @@ def line(part, task, rule, rate, seed, new, retained=0.5, keep_ratio=None):
     return {**study.asdict(run), "base": 0, "new": new, "retained": retained, "new_nll": 1 - new, "retained_nll": 0.1}
 
 
-def test_the_chosen_rate_is_the_best_on_validation_and_the_lowest_of_equals():
+def test_the_chosen_rate_is_the_best_in_both_and_the_lowest_of_equals():
+    scores = {1e-4: (0.2, 0.9), 2e-4: (0.6, 0.5), 4e-4: (0.5, 0.6), 8e-4: (1.0, 0.1)}
     lines = [
-        line("rates", "code", "gmt", rate, seed, new)
-        for rate, new in ((1e-4, 0.2), (2e-4, 0.7), (4e-4, 0.7))
-        for seed in (0, 1)
+        line("rates", "code", "gmt", rate, seed, new + sign, old - sign)
+        for rate, (new, old) in scores.items()
+        for seed, sign in enumerate((-0.1, 0.1))
     ]
-    lines += [line("seeds", "code", "gmt", 8e-4, 0, 1.0), line("rates", "code", "none", 1e-4, 0, 1.0)]
+    lines += [line("seeds", "code", "gmt", 8e-4, 0, 1.0, 1.0), line("rates", "code", "none", 1e-4, 0, 1.0, 1.0)]
     assert study.choose_rate(lines, "code", "gmt") == 2e-4
 
 
@@ -98,12 +99,12 @@ def test_the_runs_of_a_study():
     assert len(first) == len(set(first)) == 5 * 5 * 2 * scale.tuning_seeds and not any(r.rule == "drop" for r in first)
     assert not {r.seed for r in first} & set(range(scale.seeds))
     lines = [
-        line("rates", task, rule, rate, 1000, new=rate if rule != "drop" else -rate)
+        line("rates", task, rule, rate, 1000, new=rate if rule != "drop" else 1e-4 / rate)
         for task in study_data.TASKS for rule in study.RULES for rate in scale.rates
     ]  # fmt: skip
     second = study.runs_at_chosen_rates(scale, lines)
     chosen = {(r.rule, r.learning_rate) for r in second if r.part == "seeds"}
-    assert chosen == {(rule, 1.5e-4 if rule == "drop" else 6e-3) for rule in study.RULES}
+    assert chosen == {(rule, 1e-4 if rule == "drop" else 4e-3) for rule in study.RULES}
     assert sum(r.part == "seeds" for r in second) == 6 * 2 * 16
     assert {r.keep_ratio for r in second if r.part == "keep_ratio"} == {0.05, 0.1, 0.4, 0.6, 0.8, 1.0}
 
