@@ -10,7 +10,6 @@ sort over all rows and the batch size fix it, so that answers do not depend on t
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections import defaultdict
@@ -71,8 +70,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if job.task.check:
             job.task.check(options)
     transformers_logging.set_verbosity_error()
-    # Every process has the whole model; under a launcher's FSDP transformers would give one of them alone its weights.
-    os.environ |= {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_PARALLELISM_CONFIG": "false"}
     # Processes that are done wait for the slowest at the end of a task.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])

@@ -301,7 +301,7 @@ def same_on(processes, short, tmp_path, monkeypatch, **env):
 
 
 def test_two_processes_give_the_same_answers_also_under_a_launchers_fsdp(short, tmp_path, monkeypatch):
-    """Where transformers would read the weights on the first process alone: configs/accelerate/fsdp2.yaml."""
+    """fsdp2.yaml sets these, which transformers looks at; every process needs the whole model all the same."""
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     same_on(2, short, tmp_path, monkeypatch, **fsdp)
 
