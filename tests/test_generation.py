@@ -286,9 +286,11 @@ def answers(path):
     return [(line["id"], line["prompt_ids"], line["completions"]) for line in read(path / "gsm8k.metamath.jsonl")]
 
 
-def same_on(processes, short, tmp_path):
+def same_on(processes, short, tmp_path, monkeypatch, **env):
     items_file(tmp_path)
     evaluation.main(words(tmp_path, short, "one"))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     done = torchrun(processes, "eval.py", *words(tmp_path, short, "many"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert answers(tmp_path / "one") == answers(tmp_path / "many")
@@ -298,13 +300,15 @@ def same_on(processes, short, tmp_path):
     assert {k: v for k, v in one.items() if k not in different} == {k: v for k, v in many.items() if k not in different}
 
 
-def test_two_processes_give_the_same_answers(short, tmp_path):
-    same_on(2, short, tmp_path)
+def test_two_processes_give_the_same_answers_also_under_a_launchers_fsdp(short, tmp_path, monkeypatch):
+    """fsdp2.yaml sets these, which transformers looks at; every process needs the whole model all the same."""
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    same_on(2, short, tmp_path, monkeypatch, **fsdp)
 
 
 @pytest.mark.slow
-def test_three_processes_give_the_same_answers(short, tmp_path):
-    same_on(3, short, tmp_path)
+def test_three_processes_give_the_same_answers(short, tmp_path, monkeypatch):
+    same_on(3, short, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
