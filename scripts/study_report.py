@@ -259,8 +259,8 @@ def matched_table(lines: Lines, tasks: list[str]) -> str:
         out.append(f"| {task} | {score} | {' | '.join(cells)} |")
     return "\n".join(out) + (
         "\n\nWhat is retained, in % or in nats (less is better), where each rule has the same score on the new skill, "
-        "on straight lines between its learning rates' validation scores. In brackets: difference from SFT, or ratio to "
-        "it, paired by tuning seed, with 95 % intervals. -: no rate reaches that score.\n"
+        "on straight lines between its learning rates' validation scores. In brackets: the difference from SFT, or the "
+        "ratio to it, paired by tuning seed, with 95 % intervals. -: no rate reaches that score.\n"
     )
 
 
