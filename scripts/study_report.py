@@ -327,26 +327,24 @@ def panels(tasks: list[str], height: float = 4.4):
 
 
 def frontier_figure(lines: Lines, tasks: list[str], path: Path) -> None:
-    """Retained against new skill, a line per rule over the learning rates, means over the tuning seeds."""
+    """Retained against new skill, a line per rule over the learning rates: means over the tuning seeds, and each seed."""
     fig, axes = panels(tasks)
     for ax, task in zip(axes, tasks, strict=True):
         for rule in RULES:
             found = of(lines, part="rates", task=task, rule=rule)
             rates = sorted({line["learning_rate"] for line in found})
             new, old = (
-                [interval(values(found, metric, learning_rate=rate)) for rate in rates]
+                [100 * mean(values(found, metric, learning_rate=rate)) for rate in rates]
                 for metric in ("new", "retained")
             )
             colour, marker, dashes = STYLE[rule]
-            ax.errorbar(
-                [100 * m for m, _ in new], [100 * m for m, _ in old], xerr=[100 * h for _, h in new],
-                yerr=[100 * h for _, h in old], color=colour, marker=marker, linestyle=dashes, label=NAMES[rule],
-                markersize=6, linewidth=1.6, elinewidth=0.5, capsize=1.5,
-            )  # fmt: skip
+            each = [[100 * line[metric] for line in found] for metric in ("new", "retained")]
+            ax.scatter(*each, color=colour, marker=marker, s=10, alpha=0.3, linewidths=0)
+            ax.plot(new, old, color=colour, marker=marker, linestyle=dashes, label=NAMES[rule], markersize=6)
         ax.set(xlabel="new skill: accuracy (%)", ylabel="old skills: accuracy (%)", xlim=(-4, 104), ylim=(-4, 104))
     axes[0].legend(fontsize=9)
     fig.suptitle(
-        "Each line is one rule, each point one learning rate (rising along the line), with 95 % intervals over seeds",
+        "Each line is one rule, each point on it a learning rate (means over seeds; small pale marks are seeds)",
         fontsize=9,
     )
     save(fig, path)
