@@ -327,7 +327,7 @@ def panels(tasks: list[str], height: float = 4.4):
 
 
 def frontier_figure(lines: Lines, tasks: list[str], path: Path) -> None:
-    """Retained against new skill, a line per rule over the learning rates: means over the tuning seeds, and each seed."""
+    """Retained against new skill, a line per rule over the learning rates: means over tuning seeds, and each seed."""
     fig, axes = panels(tasks)
     for ax, task in zip(axes, tasks, strict=True):
         for rule in RULES:
