@@ -238,6 +238,7 @@ def matched(lines: Lines, task: str, in_nats: bool) -> tuple[float, dict[str, di
 def matched_table(lines: Lines, tasks: list[str]) -> str:
     out = ["| task | new skill held at | " + " | ".join(NAMES[rule] for rule in RULES) + " |"]
     out.append("|" + " --- |" * (2 + len(RULES)))
+    apart: list[str] = []  # rules that can be told from SFT
     for task, in_nats in itertools.product(tasks, (False, True)):
         target, retained = matched(lines, task, in_nats)
         cells = []
@@ -250,6 +251,11 @@ def matched_table(lines: Lines, tasks: list[str]) -> str:
             if rule != "none" and len(both) > 1:
                 pairs = [(found[seed], retained["none"][seed]) for seed in both]
                 middle, half = interval([np.log(a / b) if in_nats else 100 * (a - b) for a, b in pairs])
+                if abs(middle) > half:
+                    better = (middle < 0) == in_nats
+                    apart.append(
+                        f"{NAMES[rule]} ({task}, {'nats' if in_nats else '%'}: {'better' if better else 'worse'})"
+                    )
                 if in_nats:
                     text += f" (x {np.exp(middle):.2f}, {np.exp(middle - half):.2f} to {np.exp(middle + half):.2f})"
                 else:
@@ -260,7 +266,8 @@ def matched_table(lines: Lines, tasks: list[str]) -> str:
     return "\n".join(out) + (
         "\n\nWhat is retained, in % or in nats (less is better), where each rule has the same score on the new skill, "
         "on straight lines between its learning rates' validation scores. In brackets: the difference from SFT, or the "
-        "ratio to it, paired by tuning seed, with 95 % intervals. -: no rate reaches that score.\n"
+        "ratio to it, paired by tuning seed, with 95 % intervals. -: no rate reaches that score. "
+        f"Apart from SFT by their interval: {', '.join(apart) or 'none'}.\n"
     )
 
 
