@@ -304,6 +304,8 @@ def main(argv: list[str] | None = None) -> None:
         bases = [pool.submit(make_base, i, scale, folder) for i in range(scale.bases)]
         for done in tqdm(as_completed(bases), "bases", len(bases), unit="model"):
             done.result()
+        scores = [run_folder.read_json(folder / f"base{i}" / "scores.json") for i in range(scale.bases)]
+        run_folder.write_json(results / "bases.json", scores)
         for part in (runs_of_rates, runs_at_chosen_rates):
             lines = read_lines(results / "runs.jsonl")
             there = {tuple(line[key] for key in Run.__annotations__) for line in lines}

@@ -37,11 +37,13 @@ def write_report(folder: Path) -> str:
         writer.writeheader()
         writer.writerows(rows)
     parts = [
-        header(lines, about), answers(lines, tasks), "## Scores at the chosen rates\n", score_table(rows),
-        comparison_table(lines, tasks), "## Forgetting at the same new skill\n", matched_table(lines, tasks),
+        header(lines, about), answers(lines, tasks),
+        "## Scores at the chosen rates\n", base_text(folder), score_table(rows), comparison_table(lines, tasks),
+        "![Scores of every seed at the chosen rates](seeds.png)\n",
+        "## Forgetting at the same new skill\n", matched_table(lines, tasks),
         "![New skill against retained skills over five learning rates, for each rule](frontier.png)\n",
-        "![Scores of every seed at the chosen rates](seeds.png)\n", "## keep_ratio\n", sweep_table(lines, tasks),
-        "![Accuracy against keep_ratio](keep_ratio.png)\n", cost_table(folder),
+        "## keep_ratio\n", sweep_table(lines, tasks), "![Accuracy against keep_ratio](keep_ratio.png)\n",
+        cost_table(folder),
     ]  # fmt: skip
     text = "\n".join(part for part in parts if part)
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -183,6 +185,18 @@ def scores(lines: Lines, tasks: list[str]) -> Lines:
                 row[metric], row[f"{metric}_half"] = interval([line[metric] for line in found])
             out.append(row)
     return out
+
+
+def base_text(folder: Path) -> str:
+    """What the base models score, if bases.json is there."""
+    path = folder / "bases.json"
+    if not path.exists():
+        return ""
+    bases = json.loads(path.read_text())
+    scores = {"old skills": [next(iter(base.values()))["retained"] for base in bases]}
+    scores |= {task: [base[task]["new"] for base in bases] for task in bases[0]}
+    text = "; ".join(f"{skill} {', '.join(f'{100 * x:.1f}' for x in found)}" for skill, found in scores.items())
+    return f"Before fine-tuning, accuracy of the base models in %: {text}.\n"
 
 
 def score_table(rows: Lines) -> str:

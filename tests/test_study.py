@@ -160,6 +160,8 @@ def results(tmp_path):
     about = {"scale": study.asdict(study.SCALES["small"]), "processes": 2, "command": "study.py", "git_commit": "0"}
     about |= {"versions": {"torch": "2"}, "hardware": {"cpu_count": 2, "gpu": None}}
     (tmp_path / "study.json").write_text(json.dumps(about))
+    bases = [{task: {"new": 0.02, "retained": retained} for task in study_data.TASKS} for retained in (0.9, 0.953)]
+    (tmp_path / "bases.json").write_text(json.dumps(bases))
     return tmp_path
 
 
@@ -178,6 +180,7 @@ def test_the_report_finds_what_is_there_and_nothing_else(results):
     assert remainder.startswith("**yes**") and code.startswith("**no**") and "at 0.05" in code
     for name in ("frontier", "seeds", "keep_ratio"):
         assert (results / f"{name}.png").stat().st_size > 10_000 and (results / f"{name}.pdf").stat().st_size > 5_000
+    assert "in %: old skills 90.0, 95.3; remainder 2.0, 2.0; code 2.0, 2.0." in text
     rows = (results / "scores.csv").read_text().splitlines()
     assert len(rows) == 1 + 12 and rows[0].startswith("task,rule,learning_rate,seeds")
 
