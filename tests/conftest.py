@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("GMT_DATA_DIR", "/nonexistent"))  # real benchmark files, where there are any
 torch.set_num_threads(1)  # tiny tensors; and the same arithmetic in every test
+
+
+# A shell starts what it runs in the background with SIGINT ignored, which children inherit; some are to be interrupted.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
