@@ -120,7 +120,7 @@ def set_up_worker() -> None:
 def make_base(index: int, scale: Scale, folder: Path) -> None:
     """A base model: other initial weights, other problems, another order for each index."""
     run = folder / f"base{index}"
-    if (run / "final" / "COMPLETED").exists():
+    if (run / "scores.json").exists():  # written last: a call that was cut before begins again
         return
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     save_random_model(folder / f"random{index}", tokenizer, index, scale.hidden, scale.layers)

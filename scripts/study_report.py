@@ -96,7 +96,8 @@ Each rule's learning rate is the one of {len(scale["rates"])} with the highest h
 accuracy on validation problems, over {scale["tuning_seeds"]} seeds of their own. Then {scale["seeds"]} seeds at it
 (other sample and order, the base models in turn), on test problems. keep_ratio is {KEEP_RATIO} but where it is
 varied; drop masks the task vector of the model of rule none by magnitude. ± is the 95 % interval over seeds
-(Student's t). Retained: mean accuracy on the three old skills.
+(Student's t); seeds share the {scale["bases"]} bases, so that it is of these bases and says little of others. Retained:
+mean accuracy on the three old skills.
 
 **Small models on generated problems: what holds here need not hold for a 7B model, nor what fails.**
 """
