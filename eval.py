@@ -27,17 +27,16 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-import generation
-import run_folder
-import scores
-from config import EvalConfig, UserError, nearest, parse, run_main
-from generation import Decoding, Scored
-from hub import from_pretrained, is_local
-from scores import read_lines, write_lines
+from common import run_folder
+from common.config import EvalConfig, UserError, nearest, parse, run_main
+from common.hub import from_pretrained, is_local
+from common.templates import encode_prompts
+from evaluation import generation, scores
+from evaluation.generation import Decoding, Scored
+from evaluation.scores import read_lines, write_lines
 from tasks import GROUPS, TASKS
 from tasks.source import Source
 from tasks.task import Options, Task, render
-from templates import encode_prompts
 
 SCORES, SETTINGS = "scores.json", "settings.json"
 BATCHES_PER_BLOCK = 4  # a row that has ended gives its place to another row of its block

@@ -23,17 +23,14 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-import backend
-import checkpoint
-import checks
 import gmt
-import interrupts
-import plan
-import reference
-import run_folder
-import templates
-from config import TrainConfig, UserError, nearest, parse, run_main
-from data import (
+from common import run_folder, templates
+from common.config import TrainConfig, UserError, nearest, parse, run_main
+from common.hub import from_pretrained, is_local
+from common.sources import data_files, load_all, split_cap
+from common.templates import TEMPLATES
+from training import backend, checkpoint, checks, interrupts, plan, reference
+from training.data import (
     Examples,
     collate,
     describe_example,
@@ -42,11 +39,8 @@ from data import (
     steps_per_epoch,
     tokenise,
 )
-from hub import from_pretrained, is_local
-from losses import give_loss
-from objectives import DPO, SFT, Objective
-from sources import data_files, load_all, split_cap
-from templates import TEMPLATES
+from training.losses import give_loss
+from training.objectives import DPO, SFT, Objective
 
 # Keys that may differ between a run and its resumption: they do not change what is computed.
 FREE_TO_CHANGE = {"output_dir", "dry_run", "resume", "resume_changed", "overwrite", "tokenise_processes"} | {

@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from huggingface_hub import list_repo_files, snapshot_download
 
-from config import UserError, nearest, run_main
-from hub import is_local
-from sources import ROW_FILES, split_cap
+from common.config import UserError, nearest, run_main
+from common.hub import is_local
+from common.sources import ROW_FILES, split_cap
 
 ABOUT_MODELS = ["*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]  # configuration and tokenizer
 NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "state.json")

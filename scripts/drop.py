@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gmt
-import run_folder
-from config import UserError, key, parse, run_main
-from hub import is_local
+from common import run_folder
+from common.config import UserError, key, parse, run_main
+from common.hub import is_local
 
 
 @dataclass

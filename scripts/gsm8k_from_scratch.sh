@@ -10,8 +10,8 @@ export HF_HUB_OFFLINE=1
 out=outputs/gsm8k_from_scratch
 phase() { local start=$SECONDS; echo "== $1"; shift; "$@"; echo "== took $((SECONDS - start)) s"; }
 
-phase "rows" python scripts/gsm8k_to_metamath.py "$data" $out/train.jsonl
-phase "model" python scripts/make_model.py $out/train.jsonl $out/random_model
+phase "rows" python scripts/quickstart/gsm8k_to_metamath.py "$data" $out/train.jsonl
+phase "model" python scripts/quickstart/make_model.py $out/train.jsonl $out/random_model
 phase "training" accelerate launch --config_file configs/accelerate/cpu.yaml \
     train.py --config configs/gsm8k_from_scratch.yaml --overwrite "$@"
 phase "scoring" accelerate launch --config_file configs/accelerate/cpu.yaml \

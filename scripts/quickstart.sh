@@ -5,13 +5,13 @@
 #   bash scripts/quickstart.sh           results in outputs/quickstart
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-source scripts/stages.sh
+source scripts/reproduce/stages.sh
 export HF_HUB_OFFLINE=1
 OUT=outputs/quickstart
 launch=(accelerate launch --config_file configs/accelerate/cpu.yaml)
 evaluation=(--config configs/quickstart_eval.yaml)
 
-if [ ! -f $OUT/random_model/COMPLETED ]; then stage data "" scripts/quickstart_data.py $OUT; fi
+if [ ! -f $OUT/random_model/COMPLETED ]; then stage data "" scripts/quickstart/data.py $OUT; fi
 if [ ! -f $OUT/base/final/COMPLETED ]; then rm -rf $OUT/{none,rmt,hft,gmt}{,_eval}; fi # of another base
 train_run $OUT/base --config configs/quickstart_base.yaml
 score base_eval $OUT/base/final $OUT/base_eval "${evaluation[@]}"
@@ -19,4 +19,4 @@ while read -r rule rate ratio; do
     train_run "$OUT/$rule" --config configs/quickstart.yaml --rule "$rule" --learning_rate "$rate" ${ratio:+--keep_ratio "$ratio"}
     score "${rule}_eval" "$OUT/$rule/final" "$OUT/${rule}_eval" "${evaluation[@]}"
 done < <(grep -v '^#' configs/quickstart_rates.txt)
-stage report "" scripts/quickstart_report.py $OUT
+stage report "" scripts/quickstart/report.py $OUT

@@ -3,4 +3,4 @@
 set -euo pipefail
 bash "$(dirname "$0")/quickstart.sh"
 source "$(dirname "$0")/setup.sh"
-python scripts/quickstart_dpo.py outputs/quickstart
+python scripts/quickstart/dpo.py outputs/quickstart

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Magicoder-Evol-Instruct-110K, scored on HumanEval(+) and MBPP(+): every base model and rule.
 #
-#   bash scripts/reproduce_code.sh               variables and arguments: scripts/reproduce.sh
+#   bash scripts/reproduce_code.sh               variables and arguments: scripts/reproduce/reproduce.sh
 #   REDUCED=1 bash scripts/reproduce_code.sh     all stages on a CPU, offline, in minutes
 set -euo pipefail
 RESULTS=reproduce_code FAMILY=code PROMPTS=magicoder WITH_DPO=''

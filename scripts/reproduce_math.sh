@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MetaMathQA, scored on GSM8K and MATH: every base model and rule.
 #
-#   bash scripts/reproduce_math.sh               variables and arguments: scripts/reproduce.sh
+#   bash scripts/reproduce_math.sh               variables and arguments: scripts/reproduce/reproduce.sh
 #   REDUCED=1 bash scripts/reproduce_math.sh     all stages on a CPU, offline, in minutes
 set -euo pipefail
 RESULTS=reproduce_math FAMILY=math PROMPTS='' WITH_DPO=''

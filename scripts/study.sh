@@ -13,5 +13,5 @@ bash scripts/install_sandbox.sh # for the code task
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 STUDY=${STUDY:-small}
 RESULTS=${RESULTS:-$([ "$STUDY" = small ] && echo results || echo "results/$STUDY")}
-python scripts/study.py --scale "$STUDY" --results "$RESULTS" "$@"
+python scripts/study/run.py --scale "$STUDY" --results "$RESULTS" "$@"
 python scripts/report.py "$RESULTS"

@@ -4,7 +4,7 @@
 #   CONFIG=configs/math_mistral_7b.yaml KEEP_RATIOS="0.05 0.2 1.0" bash scripts/sweep_keep_ratio.sh
 #
 # Results: OUT/gmt_RATIO_seedS/{final,eval}, OUT/{report.md,sweep.csv,sweep.png}. KEEP_RATIOS and CONFIG apart, variables
-# and arguments are those of scripts/reproduce.sh: SEEDS, NPROC, ACCELERATE_CONFIG, OUT, DATA_DIR, TASKS, REDUCED, ...
+# and arguments are those of scripts/reproduce/reproduce.sh: SEEDS, NPROC, ACCELERATE_CONFIG, OUT, DATA_DIR, TASKS, REDUCED, ...
 set -euo pipefail
 CONFIG=${CONFIG:-configs/math_mistral_7b.yaml} KEEP_RATIOS=${KEEP_RATIOS:-0.05 0.1 0.2 0.4 0.6 0.8 1.0}
 [ ! -f "$CONFIG" ] || CONFIG=$(realpath "$CONFIG")

@@ -1,6 +1,6 @@
 """Code: HumanEval(+) and MBPP(+) under the protocols of EvalPlus and Magicoder, HumanEval of open-instruct, both plain.
 
-Programs run in the sandbox (sandbox.py), where judges.py decides. What a program is made of depends on the prompt's
+Programs run in the sandbox (sandbox/run.py), where judges.py decides. What a program is made of depends on the prompt's
 format: a base model goes on with the prompt, a chat model writes the whole program.
 """
 
@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tasks import sandbox
-from tasks.sandbox import Job
+from common.templates import MAGICODER
+from sandbox import run as sandbox
+from sandbox.run import Job
 from tasks.sanitize import parse, sanitize
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
-from templates import MAGICODER
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and programs (evalplus/codegen.py and provider/; magicoder, experiments/text2code.py)

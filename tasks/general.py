@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError, nearest
+from common.config import UserError, nearest
 from tasks.math_rules import exact_match
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Options, Task, each, render

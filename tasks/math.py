@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tasks import workers
+from common.templates import ALPACA
+from sandbox import workers
 from tasks.math_rules import last_boxed
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
-from templates import ALPACA
 
 # vLLM's `stop` in MetaMath's scripts, in its order
 METAMATH_STOP = tuple(

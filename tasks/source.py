@@ -7,8 +7,8 @@ from pathlib import Path
 
 import datasets
 
-from config import UserError
-from sources import read_json_rows
+from common.config import UserError
+from common.sources import read_json_rows
 
 
 @dataclass

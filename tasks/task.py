@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError
+from common.config import UserError
 from tasks.source import Source
 
 

@@ -13,9 +13,9 @@ import torch
 from conftest import make_model, python, write_rows
 
 import eval as evaluation
-import run_folder
 import train
-from config import EvalConfig, TrainConfig, UserError, parse
+from common import run_folder
+from common.config import EvalConfig, TrainConfig, UserError, parse
 
 GOOD = '{"query": "q", "response": "r"}\n'
 

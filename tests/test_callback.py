@@ -5,12 +5,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-import data
 import gmt
-import sources
 import train
+from common import sources
+from common.templates import metamath
 from gmt_callback import GMTCallback
-from templates import metamath
+from training import data
 
 SETTINGS = {
     "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 1e-3,

@@ -5,19 +5,18 @@ import hashlib
 import itertools
 import json
 import random
-import sys
 from fractions import Fraction
 
 import pytest
-from conftest import DATA, ROOT, make_model, needs_data, needs_sandbox, write_rows
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import reduced
-from reduced import HUMANEVAL_PLUS_ROW, HUMANEVAL_ROW, MBPP_CODE, MBPP_PROMPT, STUB, mbpp_row
+from conftest import DATA, make_model, needs_data, needs_sandbox, write_rows
 
 import eval as evaluation
-from sources import read_json_rows
-from tasks import GROUPS, TASKS, judges, sandbox
+from common.sources import read_json_rows
+from sandbox import judges
+from sandbox import run as sandbox
+from scripts.reproduce import reduced
+from scripts.reproduce.reduced import HUMANEVAL_PLUS_ROW, HUMANEVAL_ROW, MBPP_CODE, MBPP_PROMPT, STUB, mbpp_row
+from tasks import GROUPS, TASKS
 from tasks.code import evalplus_job, evalplus_program, humaneval_job, mbpp_job, pass_at_k
 from tasks.sanitize import longest_code, parse, sanitize
 from tasks.source import Source

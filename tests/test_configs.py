@@ -2,18 +2,15 @@
 configuration for one GPU needs fits: pytest tests/test_configs.py"""
 
 import re
-import sys
 
 import pytest
 import yaml
 from conftest import ROOT, write_rows
 
-sys.path.insert(0, str(ROOT / "scripts"))
-from reduced import NO_BOS, ROWS, SHAPES, reduced_model, reduced_tokenizer
-
-import plan
 import train
-from config import TrainConfig, parse
+from common.config import TrainConfig, parse
+from scripts.reproduce.reduced import NO_BOS, ROWS, SHAPES, reduced_model, reduced_tokenizer
+from training import plan
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if re.match("math_|code_|general_|dpo_", p.name))
 

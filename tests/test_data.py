@@ -9,10 +9,9 @@ import torch
 from conftest import make_model, write_rows
 from transformers import AutoTokenizer
 
-import data
-import sources
-import templates
-from config import UserError
+from common import sources, templates
+from common.config import UserError
+from training import data
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,11 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-import data
 import gmt
-import objectives
-import sources
-import templates
 import train
-from config import UserError
+from common import sources, templates
+from common.config import UserError
+from training import data, objectives
 
 
 @pytest.fixture(scope="module")

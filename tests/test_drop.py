@@ -1,7 +1,6 @@
 """One-off drop of the task vector: pytest tests/test_drop.py"""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,8 @@ from conftest import make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import drop
-
-from config import UserError
+from common.config import UserError
+from scripts import drop
 
 
 def pair(*shape, dtype=torch.float32):

@@ -8,10 +8,10 @@ import torch
 from conftest import make_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import config
 import eval as evaluation
-import generation
-from config import UserError
+from common import config
+from common.config import UserError
+from evaluation import generation
 from tasks import TASKS
 from tasks.math import METAMATH_STOP, metamath_prompt
 from tasks.task import Format
@@ -264,8 +264,8 @@ def test_every_key_of_eval_is_used():
 
 
 def test_scores_come_into_the_model_card(tmp_path, train_args):
-    import checkpoint
     import train
+    from training import checkpoint
 
     train.main(train_args(tmp_path / "run", "--max_steps", "2"))
     final = tmp_path / "run" / "final"

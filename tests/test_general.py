@@ -5,18 +5,15 @@ import hashlib
 import json
 import math
 import random
-import sys
 from collections import Counter
 
 import datasets
 import pytest
-from conftest import DATA, ROOT, needs_data
+from conftest import DATA, needs_data
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import reduced
-
-from config import UserError
+from common.config import UserError
+from scripts.reproduce import reduced
 from tasks import GROUPS, TASKS
 from tasks.general import (
     BBH_TASKS,

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import eval as evaluation
-import generation
-from generation import Decoding, Scored
+from evaluation import generation
+from evaluation.generation import Decoding, Scored
 from tasks import TASKS
 from tasks.task import Chat, Format, each, render
 

@@ -15,13 +15,10 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-import checks
-import data
-import losses
-import plan
-import sources
 import train
-from config import TrainConfig, UserError, parse
+from common import sources
+from common.config import TrainConfig, UserError, parse
+from training import checks, data, losses, plan
 
 
 @pytest.fixture(scope="module")

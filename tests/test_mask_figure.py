@@ -1,16 +1,12 @@
-"""scripts/mask_figure.py: the shares it draws, from counts made by hand."""
+"""scripts/report/mask_figure.py: the shares it draws, from counts made by hand."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import mask_figure
-import report
-
-from config import UserError
+from common.config import UserError
+from scripts.report import mask_figure
+from scripts.report import tables as report
 
 
 def counts(entries: int, kept: int, energy: float, energy_kept: float) -> dict:

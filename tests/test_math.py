@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import DATA, needs_data
 
-from tasks import TASKS, workers
+from sandbox import workers
+from tasks import TASKS
 from tasks.math import METAMATH_STOP, gsm8k_gold, math_gold, metamath_prompt, open_instruct_gold
 from tasks.math_rules import (
     equivalent,

@@ -8,10 +8,9 @@ from accelerate import Accelerator
 from conftest import make_model, python
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import losses
-import plan
 import train
-from config import TrainConfig, UserError
+from common.config import TrainConfig, UserError
+from training import losses, plan
 
 KINDS = {
     "fp32": {},

@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import eval as evaluation
 import gmt
 import tasks
 import train
-from config import EvalConfig, TrainConfig, parse, reference
+from common.config import EvalConfig, TrainConfig, parse, reference
 from tasks import TASKS
 
 README = (ROOT / "README.md").read_text()
@@ -139,7 +138,7 @@ RUN_BY = {
     "bash scripts/quickstart.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
     "bash scripts/quickstart_dpo.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
     "bash scripts/gsm8k_from_scratch.sh": "tests/test_scripts.py::test_the_real_gsm8k_goes_through_whole",
-    "python scripts/quickstart_tune.py": "tests/test_scripts.py::test_quickstart_tune_takes_the_best_rate_of_each_rule",
+    "python scripts/quickstart/tune.py": "tests/test_scripts.py::test_quickstart_tune_takes_the_best_rate_of_each_rule",
     "bash scripts/reproduce_math.sh": "tests/test_reproduce.py::test_math_whole_and_cut",
     "bash scripts/reproduce_code.sh": "tests/test_reproduce.py::test_code_whole",
     "bash scripts/reproduce_general.sh": "tests/test_reproduce.py::test_general_whole",
@@ -153,7 +152,7 @@ RUN_BY = {
     "bash scripts/study.sh": "tests/test_study.py::test_a_tiny_study_runs_whole",
     "python scripts/report.py results": "tests/test_study.py::test_the_report_finds_what_is_there",
     "torchrun --nproc_per_node": "tests/test_distributed.py::test_whole_runs_agree_on_1_2_and_3_processes_in_fp64",
-    "accelerate launch --config_file configs/accelerate/cpu.yaml train.py ...": "scripts/stages.sh",
+    "accelerate launch --config_file configs/accelerate/cpu.yaml train.py ...": "scripts/reproduce/stages.sh",
     "accelerate launch --config_file configs/accelerate/single_gpu.yaml": "tests/test_slurm.py::test_accelerate_config",
     "python train.py ...": "tests/test_bad_input.py::test_programs_end_with_one_line_and_exit_code_2",
 }
@@ -226,9 +225,8 @@ def test_a_command_runs_here(command, stand_in, monkeypatch, capsys):
         evaluation.main([*words, *model, "--data_dir", str(stand_in), *FAST[2:], "--overwrite"])
         assert (stand_in / words[words.index("--output_dir") + 1] / "scores.json").exists()
     else:
-        sys.path.insert(0, str(ROOT / "scripts"))
-        import drop
-        import report
+        from scripts import drop
+        from scripts.report import tables as report
 
         words = [str(path) for word in words for path in (sorted(stand_in.glob(word)) if "*" in word else [word])]
         {"scripts/report": report, "scripts/drop": drop}[program].main(words)

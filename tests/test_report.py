@@ -1,18 +1,15 @@
 """The report on several runs: pytest tests/test_report.py"""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, python, write_rows
+from conftest import python, write_rows
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import report
-import report_runs
-from published import PUBLISHED
-
-from config import UserError
+from common.config import UserError
+from scripts.report import runs as report_runs
+from scripts.report import tables as report
+from scripts.report.published import PUBLISHED
 from tasks import TASKS
 
 

@@ -3,20 +3,17 @@
 import csv
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_rows
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import report
-import report_curves
-import report_figures
-import report_runs
+from conftest import write_rows
 from test_report import table
 
-from config import UserError
+from common.config import UserError
+from scripts.report import curves as report_curves
+from scripts.report import figures as report_figures
+from scripts.report import runs as report_runs
+from scripts.report import tables as report
 
 BASE = "someone/base-7b"
 SCORES = ("gsm8k.metamath", "mmlu.open_instruct")

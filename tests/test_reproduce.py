@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, needs_sandbox
 
-sys.path.insert(0, str(ROOT / "scripts"))
-from reduced import SHAPES
-
-import plan
-from config import TrainConfig, parse
+from common.config import TrainConfig, parse
+from scripts.reproduce.reduced import SHAPES
+from training import plan
 
 STAND_INS = {
     # Python: what the scripts ask it, and the programs, which leave what the real ones would leave
@@ -30,8 +28,8 @@ STAND_INS = {
         [[ " ${FAILS:-} " != *" $1 "* ]] || { echo "a line before"; echo "train.py: error: this is wrong"; exit 2; }
         out=$(sed 's/.*--output_dir \\([^ ]*\\).*/\\1/' <<<"$*")
         case $1 in
-            scripts/reduced.py) mkdir -p "$2"; touch "$2/COMPLETED" ;;
-            scripts/dry_runs.py) echo "$WORLD_SIZE ${ACCELERATE_USE_FSDP:-no}" >"$WORK/planned_for" ;;
+            scripts/reproduce/reduced.py) mkdir -p "$2"; touch "$2/COMPLETED" ;;
+            scripts/reproduce/dry_runs.py) echo "$WORLD_SIZE ${ACCELERATE_USE_FSDP:-no}" >"$WORK/planned_for" ;;
             scripts/drop.py) mkdir -p "$out"; touch "$out/drop.json" ;;
         esac""",
     # the launcher: it would die of a signal, and turns every failure into exit code 1
@@ -126,7 +124,7 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
     folders = " ".join(f"OUT/mistral_7b/{name}/eval" for name in [*runs, "base"])
     written = "--out {0}/report.md --csv {0}/report.csv --figures {0}".format("OUT/mistral_7b")
     assert done[-1] == f"scripts/report.py {folders} {written}"
-    planned = next(line for line in done if line.startswith("scripts/dry_runs.py")).split(" -- ")
+    planned = next(line for line in done if line.startswith("scripts/reproduce/dry_runs.py")).split(" -- ")
     assert len(planned) == 4 and "--rule hft" in planned[2] and "drop" not in " ".join(planned)
     assert (tmp_path / "planned_for").read_text() == "1 true\n"
     assert not list((tmp_path / "out").rglob("checkpoints"))
@@ -218,14 +216,14 @@ def test_general_goes_on_with_dpo_from_the_same_rules_model(run, tmp_path):
     os.utime(model, (model.stat().st_atime, model.stat().st_mtime + 5))
     code, _, err = finish(run("reproduce_general.sh", "--max_steps", "5", **words))
     assert code == 2 and "gmt_seed0/eval_tulu_bbh: error: " in err and "or of other inputs" in err
-    planned = next(line for line in done if line.startswith("scripts/dry_runs.py")).split(" -- ")
+    planned = next(line for line in done if line.startswith("scripts/reproduce/dry_runs.py")).split(" -- ")
     assert len(planned) == 3 and "--model meta-llama/Llama-2-7b-hf --beta 0.3" in planned[2]
 
 
 def test_the_reduced_world_and_a_folder_of_downloads(run, tmp_path):
     assert finish(run("reproduce_code.sh", REDUCED="1", MODELS="mistral_7b", RULES="none"))[0] == 0
     done = calls(tmp_path)
-    assert done[0] == "scripts/reduced.py OUT/reduced"
+    assert done[0] == "scripts/reproduce/reduced.py OUT/reduced"
     assert any(
         "--config_file configs/accelerate/cpu.yaml" in line and "--limit 2 --dtype float32" in line for line in done
     )
@@ -282,9 +280,9 @@ def test_refusals(run, tmp_path, args, variables, message):
 
 
 def test_mistakes_that_train_py_finds_come_out_before_anything_runs(run, tmp_path):
-    code, _, err = finish(run("reproduce_math.sh", FAILS="scripts/dry_runs.py"))
+    code, _, err = finish(run("reproduce_math.sh", FAILS="scripts/reproduce/dry_runs.py"))
     assert code == 2 and "train.py: error: this is wrong" in err and "stage plan failed (exit code 2)" in err
-    assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/dry_runs.py"]
+    assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/reproduce/dry_runs.py"]
 
 
 # --- whole, in the reduced world: nothing is replaced ----------------------------------------------------------------

@@ -16,9 +16,10 @@ import psutil
 import pytest
 from conftest import needs_sandbox
 
-from config import UserError
-from tasks import inside, sandbox, seccomp
-from tasks.sandbox import Job, Limits
+from common.config import UserError
+from sandbox import inside, seccomp
+from sandbox import run as sandbox
+from sandbox.run import Job, Limits
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import make_model, write_rows
 
 import eval as evaluation
-import scores
-from config import UserError
+from common.config import UserError
+from evaluation import scores
 from tasks import TASKS
 from tasks.task import Chat, Format, Options, each
 

@@ -99,10 +99,8 @@ def test_the_real_gsm8k_goes_through_whole(clone):
 
 def test_quickstart_tune_takes_the_best_rate_of_each_rule(tmp_path, monkeypatch, capsys):
     """With stand-ins for training and scoring, whose words are parsed; at the third rate the two skills are best."""
-    from config import EvalConfig, TrainConfig, parse
-
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import quickstart_tune as tune
+    from common.config import EvalConfig, TrainConfig, parse
+    from scripts.quickstart import tune
 
     (tmp_path / "data").mkdir()
     (tmp_path / "configs").mkdir()
@@ -134,14 +132,14 @@ def test_gsm8k_rows_in_metamaths_schema(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     answer = "She has 1000+200=<<1000+200=1200>>1,200 figs.\n#### 1,200"
     write_rows(tmp_path / "gsm8k" / "train.jsonl", [{"question": "How many?", "answer": answer}])
-    assert python("scripts/gsm8k_to_metamath.py", str(tmp_path), str(tmp_path / "out.jsonl")).returncode == 0
+    assert python("scripts/quickstart/gsm8k_to_metamath.py", str(tmp_path), str(tmp_path / "out.jsonl")).returncode == 0
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {
         "type": "GSM_AnsAug",
         "query": "How many?",
         "original_question": "How many?",
         "response": "She has 1000+200=1,200 figs.\n#### 1,200\nThe answer is: 1200",
     }
-    done = python("scripts/gsm8k_to_metamath.py", "/no/such", "out.jsonl")
+    done = python("scripts/quickstart/gsm8k_to_metamath.py", "/no/such", "out.jsonl")
     assert done.returncode == 2 and "no train.jsonl or train.jsonl.gz in /no/such/gsm8k" in done.stderr
 
 
@@ -149,7 +147,7 @@ def test_make_model_has_a_byte_fall_back(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = write_rows(tmp_path / "rows.jsonl", [{"query": "Tom has 34 figs.", "response": "34 is 34."}] * 20)
-    assert python("scripts/make_model.py", str(rows), str(tmp_path / "model")).returncode == 0
+    assert python("scripts/quickstart/make_model.py", str(rows), str(tmp_path / "model")).returncode == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     for text in ("Tom has 34 figs.\n\n  two  spaces", "never seen: ß 数 😀 ▁"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("▁", " ")

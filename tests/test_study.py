@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, needs_sandbox
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import stats
-import study
-import study_data
-import study_report
-from quickstart_data import OLD_SKILLS
+from scripts.quickstart.data import OLD_SKILLS
+from scripts.report import stats
+from scripts.study import data as study_data
+from scripts.study import report as study_report
+from scripts.study import run as study
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics

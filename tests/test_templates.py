@@ -7,11 +7,10 @@ import torch
 from conftest import write_rows
 from transformers import AutoTokenizer
 
-import data
-import sources
-import templates
 import train
-from config import UserError
+from common import sources, templates
+from common.config import UserError
+from training import data
 
 USER, ASSISTANT = "user", "assistant"
 

@@ -13,14 +13,11 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from worker import exact_norm
 
-import checkpoint
-import data
 import gmt
-import run_folder
-import sources
-import templates
 import train
-from config import TrainConfig, UserError
+from common import run_folder, sources, templates
+from common.config import TrainConfig, UserError
+from training import checkpoint, data
 
 RULES = {
     "none": ["--rule", "none"],

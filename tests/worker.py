@@ -7,8 +7,8 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import gmt
-import run_folder
 import train
+from common import run_folder
 
 mask_gradients = gmt.Masker.mask_gradients
 

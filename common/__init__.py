@@ -1,0 +1,1 @@
+"""What training, scoring and scripts share: configuration, rows, templates, run folders."""

@@ -1,0 +1,247 @@
+"""What a run leaves on disk besides checkpoints: who may write there, run.json, its log, the model card."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from common.config import TrainConfig, UserError
+from common.hub import is_local
+
+RUN, METRICS, MASKS, REFERENCE = "run.json", "metrics.jsonl", "masks.jsonl", "reference.safetensors"
+CARD, _CARD_TITLE, _SCORES = "README.md", "# Fine-tuned with rule", "\nScores (eval.py):\n\n"
+LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where a folder cannot be made or written to. Reads only."""
+    nearest_parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest_parent.is_dir():
+        raise UserError(f"output_dir {folder}: {nearest_parent} is a file, expected a folder")
+    if not os.access(nearest_parent, os.W_OK):
+        raise UserError(f"output_dir {folder}: {nearest_parent} is not writable")
+
+
+def check(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError where a new or resumed run may not use this folder. Reads only: every process gets one answer."""
+    check_writable(folder)
+    has_run = (folder / RUN).exists()
+    if resume and not has_run:
+        raise UserError(f"resume: {folder} holds no run; leave out --resume to start one")
+    if has_run and not (resume or overwrite):
+        raise UserError(f"output_dir {folder} already holds a run: go on with it (--resume) or delete it (--overwrite)")
+    if not has_run and folder.exists() and any(p.name not in LEFT_BY_A_FAILED_START for p in folder.iterdir()):
+        raise UserError(f"output_dir {folder} is not empty and holds no run ({RUN}): choose another folder")
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process, so that two runs never write into it at once. Call it on the main process only.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder / ".lock", "a+")  # noqa: SIM115  closed below
+    except OSError as e:
+        raise UserError(f"output_dir {folder}: cannot be made: {e.strerror}") from None
+    with f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise UserError(f"output_dir {folder} is in use by {f.read().strip() or 'another process'}") from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        yield
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run made in its folder, but for run.json, the mark of a run, which the next one replaces.
+
+    Raises:
+        UserError: the folder holds no run, or is a link, a home, the root or the working folder.
+    """
+    if not (folder / RUN).exists():
+        return
+    if folder.is_symlink() or folder.resolve() in (Path("/"), Path.home().resolve(), Path.cwd().resolve()):
+        raise UserError(f"overwrite: {folder} is a link, a home, the root or the working folder: delete it by hand")
+    for name in ("checkpoints", "final"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (METRICS, MASKS, REFERENCE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is either the old or the new one, whatever happens. Raises UserError on no space."""
+    aside = path.with_name(path.name + ".aside")
+    try:
+        with open(aside, "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=2, ensure_ascii=False)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        aside.replace(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that a run left.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: missing or damaged ({' '.join(str(e).split())}); choose another output_dir") from None
+
+
+def environment() -> dict[str, Any]:
+    """Command, commit, package versions and hardware, without tokens and home paths."""
+    packages = ("torch", "accelerate", "transformers", "datasets", "tokenizers", "numpy")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": redact(" ".join(sys.argv)),
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+        "hardware": {"machine": platform.machine(), "cpu_count": os.cpu_count(), "gpu": gpu},
+    }
+
+
+def redact(text: str) -> str:
+    """Access tokens and the home folder taken out."""
+    return re.sub(r"\bhf_\w{8,}", "hf_***", text).replace(str(Path.home()), "~")
+
+
+def _git_commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        how = {"capture_output": True, "text": True, "timeout": 10, "check": False}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **how)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **how)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown: git is not there"
+    if commit.returncode:
+        return "none: not a git checkout"
+    return commit.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
+
+
+def differences(old: dict, new: dict, names: list[str]) -> list[str]:
+    """`name: old -> new` for the names whose values differ."""
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+
+
+class Log:
+    """The log of a run, on disk as soon as it is written: a line per logged step, on the main process.
+
+    metrics.jsonl always; masks.jsonl, what is kept of each tensor; and Accelerate's trackers, if any are configured.
+    """
+
+    def __init__(self, folder: Path, start_step: int, accelerator: Accelerator, config: TrainConfig):
+        self.accelerator = accelerator
+        self.files = {}
+        if not accelerator.is_main_process:
+            return
+        for name in (METRICS, MASKS):
+            _forget_after(folder / name, start_step)
+            if name == METRICS or config.log_masks_every:
+                self.files[name] = open(folder / name, "a", buffering=1)  # noqa: SIM115  as long as the run
+        if config.trackers:
+            simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
+            accelerator.init_trackers("gmt", config=simple)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Log the numbers of a step; one that is not finite is written as null, since JSON has no NaN."""
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._append(METRICS, line)
+        if self.accelerator.is_main_process and self.accelerator.trackers:
+            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+            self.accelerator.log({**numbers, **{f"seconds/{k}": v for k, v in line["seconds"].items()}}, line["step"])
+
+    def write_masks(self, line: dict[str, Any]) -> None:
+        """Log what is kept of each tensor."""
+        self._append(MASKS, line)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if file := self.files.get(name):
+            try:
+                file.write(json.dumps(line) + "\n")
+            except OSError as e:
+                raise UserError(f"{file.name} cannot be written: {e.strerror}") from None
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and one that a crash has cut: a resumed run does these steps again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if _step(line) is not None]
+        aside = path.with_name(path.name + ".aside")
+        aside.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
+        aside.replace(path)
+
+
+def model_card(config: TrainConfig, description: dict[str, Any], last: dict[str, Any]) -> str:
+    """README.md of the final model: how it was made."""
+    name = "a local folder" if is_local(config.model) else config.model
+    head = {"library_name": "transformers", "tags": ["gradient-mask-tuning", config.rule]}
+    if not is_local(config.model):
+        head["base_model"] = config.model
+    settings = {k: v for k, v in description["config"].items() if v not in ("", None, [], False)}
+    facts = {
+        "base model": name,
+        "data": f"{' '.join(config.dataset)}, {description['data']['examples']} examples, "
+        f"fingerprint {description['data']['fingerprint']}",
+        "rule": f"{config.rule}" + (f", keep_ratio {config.keep_ratio}" if config.keep_ratio else ""),
+        "steps": f"{last.get('step')} of {config.global_batch_size} examples, {last.get('tokens')} tokens",
+        "last loss": f"{last.get('loss')}; held out: {last.get('eval_loss')}",
+        "commit": description["git_commit"],
+        "packages": ", ".join(f"{k} {v}" for k, v in description["versions"].items()),
+    }
+    return redact(
+        f"---\n{yaml.safe_dump(head)}---\n\n{_CARD_TITLE} `{config.rule}`\n\n"
+        + "".join(f"- {k}: {v}\n" for k, v in facts.items())
+        + f"\nConfiguration (train.py):\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
+    )
+
+
+def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
+    """Put eval.py's scores at the end of a model card that model_card made; other files are left alone."""
+    path = model / CARD
+    card = path.read_text(encoding="utf-8") if os.access(path, os.W_OK) else ""
+    if _CARD_TITLE not in card or not os.access(model, os.W_OK):
+        return
+    lines = [
+        f"| {entry['task']} | {entry['protocol']} | {metric} | {entry['n']} | {100 * value['score']:.2f} |\n"
+        for entry in scores.values()
+        for metric, value in entry["metrics"].items()
+    ]
+    head = "| task | protocol | metric | n | score, % |\n| --- | --- | --- | --- | --- |\n"
+    aside = path.with_name(path.name + ".aside")
+    aside.write_text(card.partition(_SCORES)[0] + _SCORES + head + "".join(lines), encoding="utf-8")
+    aside.replace(path)
+
+
+def _step(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line cut by a crash
+        return None

@@ -1,0 +1,1 @@
+"""What eval.py is made of, beside tasks/: completions, log-probabilities, scores."""

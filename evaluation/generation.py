@@ -1,0 +1,270 @@
+"""Completions and log-probabilities of a causal language model, in batches of unequal lengths."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
+
+from common.config import EvalConfig, UserError
+from common.hub import from_pretrained
+
+LOOK_EVERY, LONGEST_STOP = 8, 16  # look for stop strings every 8 tokens; a stop string has at most 16 tokens
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How completions are made."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+
+
+@dataclass
+class Model:
+    """A model that is ready to be evaluated, and its special tokens."""
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]  # tokens that end a completion
+    pad: int
+    context: float  # tokens that fit, or infinity
+
+
+def load_model(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Model:
+    """The model of a folder or Hub id.
+
+    Raises:
+        UserError: it cannot be loaded, has no end-of-sequence token, does not belong to the tokenizer, or keeps another
+            state than keys and values.
+    """
+    architecture = from_pretrained(AutoConfig, config.model, "model").get_text_config()
+    if max(tokenizer.get_vocab().values()) >= architecture.vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, the model's embedding "
+            f"{architecture.vocab_size} rows: they do not belong together"
+        )
+    model = from_pretrained(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.dtype))
+    if getattr(model, "_is_stateful", False):
+        raise UserError(f"model {config.model}: a recurrent state is not supported, only keys and values")
+    own = model.generation_config.eos_token_id  # some models end with several tokens
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if not ends:
+        raise UserError(f"model {config.model}: neither it nor its tokenizer names an end-of-sequence token")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    context = getattr(architecture, "max_position_embeddings", None) or math.inf
+    return Model(model.to(device).eval(), tokenizer, frozenset(ends), pad, context)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Completions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: Model, prompts: list[list[int]], decoding: Decoding, seeds: list[str], batch_size: int
+) -> list[dict[str, Any]]:
+    """Completions of prompts, `batch_size` at a time. A sampled one depends on its seed, not on the others.
+
+    Args:
+        prompts: token ids, best of falling length.
+        seeds: one per prompt, any text.
+    Returns:
+        a dict per prompt: completion (cut before the first stop string), tokens (generated, up to the end of sequence),
+        finish: `eos`, `stop` (a stop string), `length` (max_new_tokens or the context), or `too_long`: the prompt
+        leaves no room in the context, and the completion is empty.
+    """
+    rows = continue_rows(model, prompts, decoding, seeds, batch_size)
+    return [
+        {"completion": "", "tokens": 0, "finish": "too_long"} if new is None else finish(model, p, new, decoding.stop)
+        for p, new in zip(prompts, rows, strict=True)
+    ]
+
+
+@dataclass
+class Batch:
+    """Prompts and what they have been continued with, padded on the left."""
+
+    rows: list[int]  # which prompt each row belongs to
+    input_ids: Tensor  # (rows, new) int64: tokens whose keys and values are not in the cache yet
+    mask: Tensor  # (rows, columns) int64: 0 on padding
+    cache: DynamicCache
+
+
+@torch.inference_mode()
+def continue_rows(
+    model: Model, prompts: list[list[int]], decoding: Decoding, seeds: list[str], batch_size: int
+) -> list[list[int] | None]:
+    """The tokens that follow each prompt: up to an end of sequence, soon after a stop string, or max_new_tokens.
+
+    A row that has ended leaves the batch; when a quarter of the places is free, waiting prompts take them. None: the
+    prompt leaves no room in the context.
+    """
+    most = [min(decoding.max_new_tokens, model.context - len(p)) for p in prompts]
+    new: list[list[int] | None] = [[] if room > 0 else None for room in most]
+    generators = [torch.Generator().manual_seed(_seed(s)) for s in seeds] if decoding.temperature else []
+
+    def goes_on(r: int) -> bool:
+        looks = decoding.stop and len(new[r]) % LOOK_EVERY == 0
+        ended = new[r][-1] in model.ends or len(new[r]) >= most[r]
+        return not ended and not (looks and _stopped(model, new[r], decoding))
+
+    def step(batch: Batch) -> None:
+        """One more token for each row; rows that have ended are gone."""
+        logits = model.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask,
+            position_ids=positions(batch.mask)[:, -batch.input_ids.shape[1] :],
+            past_key_values=batch.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        tokens = choose(logits, decoding, [generators[r] for r in batch.rows] if generators else [])
+        for r, token in zip(batch.rows, tokens.tolist(), strict=True):
+            new[r].append(token)
+        batch.input_ids = tokens[:, None]
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
+        keep = [i for i, r in enumerate(batch.rows) if goes_on(r)]
+        if len(keep) < len(batch.rows):
+            narrow(batch, keep)
+
+    waiting = [r for r, row in enumerate(new) if row is not None]
+    running = None
+    while waiting or running:
+        free = batch_size - len(running.rows) if running else batch_size
+        if waiting and free >= math.ceil(batch_size / 4):
+            fresh, waiting = waiting[:free], waiting[free:]
+            batch = Batch(fresh, *pad_left(model, [prompts[r] for r in fresh]), DynamicCache())
+            step(batch)
+            running = join(running, batch) if running and batch.rows else running or batch
+        else:
+            step(running)
+        if not running.rows:
+            running = None
+    return new
+
+
+def narrow(batch: Batch, keep: list[int]) -> None:
+    """Keep these rows of a batch, and drop its first columns if they are padding in all of them."""
+    kept = torch.tensor(keep, dtype=torch.long, device=batch.mask.device)
+    batch.rows, batch.input_ids, batch.mask = [batch.rows[i] for i in keep], batch.input_ids[kept], batch.mask[kept]
+    padding = int(batch.mask.argmax(-1).min()) if keep else 0
+    batch.mask = batch.mask[:, padding:]
+    for layer in batch.cache.layers:
+        layer.keys, layer.values = layer.keys[kept, :, padding:], layer.values[kept, :, padding:]
+
+
+def join(a: Batch, b: Batch) -> Batch:
+    """One batch of the rows of two, the narrower one padded on the left."""
+    width = max(a.mask.shape[1], b.mask.shape[1])
+    mask = torch.cat([pad(x.mask, (width - x.mask.shape[1], 0)) for x in (a, b)])
+    for mine, other in zip(a.cache.layers, b.cache.layers, strict=True):
+        for name in ("keys", "values"):  # (rows, heads, columns, size); the last token's are not there yet
+            both = [getattr(layer, name) for layer in (mine, other)]
+            setattr(mine, name, torch.cat([pad(x, (0, 0, width - 1 - x.shape[2], 0)) for x in both]))
+    return Batch(a.rows + b.rows, torch.cat([a.input_ids, b.input_ids]), mask, a.cache)
+
+
+def choose(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]) -> Tensor:
+    """The next token of each row, (rows,) int64, of logits (rows, vocabulary): the largest, or a sampled one.
+
+    Sampling is from the smallest set of most probable tokens whose probabilities sum to top_p; each row draws its
+    number from its own generator, on the CPU.
+    """
+    if not decoding.temperature:
+        return logits.argmax(-1)
+    p, order = torch.softmax(logits.double() / decoding.temperature, -1).sort(dim=-1, descending=True, stable=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= decoding.top_p, 0.0)
+    # Drawn from in the vocabulary's order: in that of probabilities, which rounding changes where two are alike, the
+    # same number would mean another token in another batch.
+    p = torch.zeros_like(p).scatter_(-1, order, p)
+    drawn = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(p.device)
+    cumulative = p.cumsum(-1)
+    place = torch.searchsorted(cumulative, (drawn[:, None] * cumulative[:, -1:]), right=True)
+    return place.clamp(max=p.shape[-1] - 1).squeeze(-1)
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _stopped(model: Model, new: list[int], decoding: Decoding) -> bool:
+    tail = model.tokenizer.decode(new[-(LOOK_EVERY + LONGEST_STOP) :])
+    return any(s in tail for s in decoding.stop)
+
+
+def finish(model: Model, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> dict[str, Any]:
+    """Cut generated ids at the end of sequence, decode them after their prompt, cut the text at a stop string."""
+    end = next((i for i, t in enumerate(new) if t in model.ends), None)
+    ids = new[:end]
+    # Decoded together with the prompt: some tokenizers drop the space that a text begins with.
+    before, whole = (model.tokenizer.decode(i, skip_special_tokens=True) for i in (prompt, prompt + ids))
+    text = whole[len(before) :] if whole.startswith(before) else model.tokenizer.decode(ids, skip_special_tokens=True)
+    cut = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
+    why = "stop" if cut is not None else "eos" if end is not None else "length"
+    return {"completion": text[:cut], "tokens": len(ids), "finish": why}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row to be scored: token ids, of which the last ones, from `start`, are the candidate.
+
+    `choices`, if there are any, are ids whose log-probabilities are asked for at the end instead.
+    """
+
+    ids: list[int]
+    start: int
+    choices: tuple[int, ...] = ()
+
+
+@torch.inference_mode()
+def logprobs(model: Model, rows: list[Scored]) -> list[list[float] | None]:
+    """Log-probabilities, in float32: [the sum over the candidate's tokens], or one for each of the choices.
+
+    Rows are padded on the left, so that the logits of the longest candidate are all that is ever computed. None: the
+    row is longer than the context.
+    """
+    fits = [i for i, row in enumerate(rows) if len(row.ids) <= model.context]
+    out: list[list[float] | None] = [None] * len(rows)
+    if not fits:
+        return out
+    ids, mask = pad_left(model, [rows[i].ids for i in fits])
+    logits = model.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions(mask),
+        use_cache=False,
+        logits_to_keep=1 + max(len(rows[i].ids) - rows[i].start for i in fits),
+    ).logits
+    for i, scores in zip(fits, logits, strict=True):
+        if rows[i].choices:
+            out[i] = scores[-1].float().log_softmax(-1)[list(rows[i].choices)].tolist()
+        else:
+            candidate = torch.tensor(rows[i].ids[rows[i].start :], device=scores.device)
+            of_each = scores[-1 - len(candidate) : -1].float().log_softmax(-1)
+            out[i] = [float(of_each.gather(-1, candidate[:, None]).sum())]
+    return out
+
+
+def pad_left(model: Model, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, (rows, longest) int64."""
+    width = max(map(len, rows))
+    ids = [[model.pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=model.model.device), torch.tensor(mask, device=model.model.device)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Where each token stands in its row, not counting padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)

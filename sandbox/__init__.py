@@ -1,0 +1,1 @@
+"""Runs programs, and judges answers, apart from the process that scores."""

@@ -1,0 +1,1 @@
+"""What a user starts lies here; its helpers lie in the folders."""

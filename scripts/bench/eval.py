@@ -1,0 +1,115 @@
+"""Items per second of eval.py's generation against lm-eval's Hugging Face backend: same model, prompts, stop rule.
+
+    python scripts/bench/eval.py [--shape tiny|1b] [--items N] [--batch_size N] [--max_new_tokens N] [--out FILE]
+
+The model is a random Llama, greedy, with one of its own frequent tokens as end of sequence, so that answers have many
+lengths, as those of trained models have; the share of answers that end before max_new_tokens is printed. lm_eval is in
+requirements-dev.txt.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from evaluation import generation
+from evaluation.generation import Decoding
+from scripts.bench import measure as bench
+
+SHAPES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+}
+STOP = ("Question:", "### Instruction")
+
+
+def make_model(folder: Path, shape: str, seed: int = 0) -> None:
+    """A random Llama whose greedy answers wander, and a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {c: i for i, c in enumerate(["<bos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", pad_token="<pad>")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **SHAPES[shape], vocab_size=len(vocab), initializer_range=0.1, max_position_embeddings=2048, bos_token_id=0,
+        eos_token_id=None, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def choose_end(folder: Path, prompts: list[str], most: int, dtype: torch.dtype, batch_size: int) -> None:
+    """Make that token the end of sequence which ends about two thirds of the answers, at many places."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(bench.device()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = generation.Model(network, tokenizer, frozenset(), 1, 2048)
+    ids = sorted(tokenizer(prompts)["input_ids"], key=len, reverse=True)[: 4 * batch_size]
+    rows = generation.continue_rows(model, ids, Decoding(most), [""] * len(ids), batch_size)
+    seen = Counter(t for row in rows for t in set(row[most // 16 :]))
+    end = min(seen, key=lambda t: abs(seen[t] / len(rows) - 2 / 3))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(folder)
+    network.generation_config.eos_token_id = network.config.eos_token_id = end
+    network.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--items", type=int, default=96)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", default="")
+    args = parser.parse_args()
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    words = Path(__file__).parents[1].joinpath("README.md").read_text().split()
+    prompts = [" ".join(words[7 * i : 7 * i + 10 + 13 * i % 60]) for i in range(args.items)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder, args.shape)
+        choose_end(folder, prompts, args.max_new_tokens, dtype, args.batch_size)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(bench.device()).eval()
+        theirs = HFLM(network, tokenizer=tokenizer, batch_size=args.batch_size, max_length=2048)
+    model = generation.Model(network, tokenizer, frozenset({tokenizer.eos_token_id}), 1, 2048)
+    answers: dict[str, list[str]] = {}
+
+    def ours() -> None:
+        ids = tokenizer(prompts)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+        decoding = Decoding(args.max_new_tokens, STOP)
+        said = generation.generate(model, [ids[i] for i in order], decoding, [""] * len(order), args.batch_size)
+        said = [s for _, s in sorted(zip(order, said, strict=True), key=lambda pair: pair[0])]
+        answers["ours"], answers["lengths"] = [s["completion"] for s in said], [s["tokens"] for s in said]
+
+    def lm_eval() -> None:
+        how = {"until": list(STOP), "max_gen_toks": args.max_new_tokens, "do_sample": False}
+        requests = [Instance("generate_until", {}, (p, how), i) for i, p in enumerate(prompts)]
+        answers["lm_eval"] = theirs.generate_until(requests, disable_tqdm=True)
+
+    times = bench.interleaved({"eval.py": ours, "lm-eval": lm_eval}, args.repeats)
+    same = sum(a == b for a, b in zip(answers["ours"], answers["lm_eval"], strict=True))
+    rows = [
+        {"backend": k, "items/s": args.items / bench.median(v), "seconds": bench.median(v)} for k, v in times.items()
+    ]
+    bench.show(rows)
+    early = sum(n < args.max_new_tokens for n in answers["lengths"]) / args.items
+    mean = sum(answers["lengths"]) / args.items
+    print(f"same answers: {same} of {args.items}; {early:.0%} end early; {mean:.0f} tokens on average")
+    bench.write(args.out, {"arguments": vars(args), "rows": rows, "same": same, "ended_early": early, "tokens": mean})
+
+
+if __name__ == "__main__":
+    main()

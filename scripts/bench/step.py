@@ -1,0 +1,169 @@
+"""Where a training step's time and memory go, by rule: forward and backward, clipping, masking, the optimizer.
+
+python scripts/bench/step.py --shape 10m --json outputs/bench_step.json
+
+One model of random weights, the rules in turn at every repeat, medians; peak memory in a process of its own per rule.
+"over none" is what masking and the optimizer take more than under plain SFT, as a share of SFT's whole step.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import gmt
+from common.config import TrainConfig
+from scripts.bench import measure as bench
+from training.backend import build_optimizer
+
+# hidden size, layers, heads, key-value heads, feed-forward size, vocabulary, tied embeddings
+SHAPES = {
+    "1m": (128, 2, 4, 4, 352, 2048, True),
+    "10m": (256, 10, 4, 4, 704, 8192, True),
+    "1b": (2048, 16, 32, 8, 8192, 128256, True),  # Llama-3.2-1B
+    "8b": (4096, 32, 32, 8, 14336, 128256, False),  # Llama-3-8B
+}
+WAYS = {  # name: rule, masked_weights, statistics at every step
+    "none": ("none", "momentum", False),
+    "gmt": ("gmt", "momentum", False),
+    "gmt, statistics": ("gmt", "momentum", True),
+    "gmt, frozen": ("gmt", "frozen", False),
+    "rmt": ("rmt", "momentum", False),
+    "hft": ("hft", "momentum", False),
+}
+PHASES = ("forward_backward", "clip", "mask", "optimizer")
+
+
+def build(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    hidden, layers, heads, kv_heads, ffn, vocabulary, tied = SHAPES[args.shape]
+    architecture = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, args.master_dtype))
+    with bench.device():
+        model = LlamaForCausalLM(architecture)
+    torch.set_default_dtype(torch.float32)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    config = TrainConfig(
+        model="-", dataset="-", output_dir="-", rule="none", optimizer=args.optimizer, learning_rate=1e-6
+    )
+    return model.train(), build_optimizer(config, model)
+
+
+def step(args: argparse.Namespace, way: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """One optimizer step; seconds of each phase."""
+    rule, masked_weights, stats = WAYS[way]
+    for p in model.parameters():
+        p.requires_grad_(True)
+    if rule == "hft":
+        gmt.freeze_half(model, seed=0)
+    masker = gmt.Masker(model.named_parameters(), rule, args.keep_ratio if gmt.masks_entries(rule) else None)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = bench.device()
+    tokens = torch.randint(model.config.vocab_size, (args.tokens // args.length, args.length), device=device)
+
+    def forward_backward():
+        for rows in tokens.split(max(1, args.micro_batch_tokens // args.length)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(rows).logits[:, :-1].flatten(0, 1)
+            (F.cross_entropy(logits.float(), rows[:, 1:].flatten(), reduction="sum") / args.tokens).backward()
+
+    def mask():
+        if masked_weights == "momentum":
+            masker.mask_gradients(0, stats=stats, check_finite=False)
+
+    def update():
+        if masked_weights == "frozen":
+            masker.step(optimizer, 0, stats=stats, check_finite=False)
+        else:
+            optimizer.step()
+
+    clip = lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # noqa: E731
+    seconds = {
+        name: bench.seconds(call) for name, call in zip(PHASES, (forward_backward, clip, mask, update), strict=True)
+    }
+    optimizer.zero_grad()
+    return seconds
+
+
+def peak_memory_mib(args: argparse.Namespace, way: str) -> float:
+    """In this process, after two steps; the second one has all of the optimizer's state."""
+    model, optimizer = build(args)
+    for _ in range(2):
+        step(args, way, model, optimizer)
+    return bench.peak_bytes() / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="10m")
+    parser.add_argument("--tokens", type=int, default=16384, help="per step")
+    parser.add_argument("--length", type=int, default=512, help="of a sequence")
+    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="per forward pass")
+    parser.add_argument("--keep_ratio", type=float, default=0.2)
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
+    parser.add_argument("--master_dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"of {list(WAYS)}")
+    parser.add_argument("--no_memory", action="store_true", help="skip the measurement of memory")
+    parser.add_argument("--json", default="", help="write the results to this file")
+    parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)  # what the script calls itself with
+    args = parser.parse_args()
+    if args.memory_of:
+        print(json.dumps(peak_memory_mib(args, args.memory_of)))
+        return
+    ways = ["none", *(way for way in args.ways if way != "none")]
+    memory = {}
+    for way in ways if not args.no_memory else ():
+        command = [sys.executable, *sys.argv, "--memory_of", way]
+        memory[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    model, optimizer = build(args)
+    samples: dict[str, list[dict]] = {way: [] for way in ways}
+    for repeat in range(args.repeats + 1):  # the first is a warm-up
+        for way in ways:
+            seconds = step(args, way, model, optimizer)
+            if repeat:
+                samples[way].append(seconds)
+    median = {way: {p: bench.median([s[p] for s in found]) for p in PHASES} for way, found in samples.items()}
+    plain = median["none"]
+    rows = []
+    for way in ways:
+        # the share is taken within each repeat, whose "none" ran a moment before, and then its median
+        over = [
+            (s["mask"] + s["optimizer"] - n["mask"] - n["optimizer"]) / sum(n.values())
+            for s, n in zip(samples[way], samples["none"], strict=True)
+        ]
+        row = {"rule": way, **{f"{p}, ms": 1000 * median[way][p] for p in PHASES}}
+        row |= {
+            "tokens/s": args.tokens / sum(median[way].values()),
+            "over none, %": 100 * bench.median(over),
+            "step / none's": sum(median[way].values()) / sum(plain.values()),
+        }
+        if memory:
+            row |= {"peak memory, MiB": memory[way], "/ none's": memory[way] / memory["none"]}
+        rows.append(row)
+    entries = sum(p.numel() for p in model.parameters())
+    print(f"{entries / 1e6:.1f} million parameters, {args.tokens} tokens a step, on {bench.hardware()}")
+    bench.show(rows)
+    bench.write(args.json, {"settings": vars(args), "parameters": entries, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

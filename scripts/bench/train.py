@@ -1,0 +1,171 @@
+"""Tokens per second and peak memory of plain fine-tuning: train.py (rule none) against TRL's SFTTrainer.
+
+    python scripts/bench/train.py                      # small models on a CPU: a large vocabulary, then more layers
+    python scripts/bench/train.py --vocabulary 4096 --layers 6 --hidden 256 --intermediate 688
+    python scripts/bench/train.py --hidden 2048 --layers 16 --heads 32 --kv_heads 8 --intermediate 8192 \\
+        --vocabulary 128256 --gradient_checkpointing --attention flash_attention_2 --micro_batch_tokens 16384 \\
+        --global_batch_size 64 --steps 8 --batch_sizes 4 16                          # the shape of a 1B, on a GPU
+
+The same random model, rows, global batch size, optimizer, precision and attention for both. train.py runs with its
+defaults, but for the tokens of a micro-batch, by which memory is matched. SFTTrainer groups rows by length, with
+several batch sizes, and, under FlashAttention, packs; its best counts. Tokens are those of the rows, without padding;
+the first 2 steps are not timed. Each way runs in a process of its own.
+Memory on a GPU is torch.cuda.max_memory_allocated; on a CPU it is the peak of the process's resident memory.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ["HF_HUB_OFFLINE"] = "1"
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from scripts.bench import measure as bench
+from scripts.bench.packing import KINDS
+
+WORDS, WARMUP = 1000, 2
+
+
+def make(args: argparse.Namespace, folder: Path) -> None:
+    """A random model, a tokenizer of one token per word, and rows whose second half is the response."""
+    words = Tokenizer(
+        models.WordLevel({"<eos>": 0, "<pad>": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}, unk_token="w0")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>").save_pretrained(
+        folder / "model"
+    )
+    torch.manual_seed(0)
+    architecture = LlamaConfig(
+        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
+        max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(architecture).save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    median, spread, longest = KINDS[args.data]
+    with open(folder / "rows.jsonl", "w") as f:
+        for length in rng.lognormal(np.log(median), spread, args.steps * args.global_batch_size):
+            text = [f"w{i}" for i in rng.integers(0, WORDS, int(np.clip(length, 16, longest - 1)))]
+            half = len(text) // 2
+            row = {"prompt": " ".join(text[:half]) + " ", "completion": " ".join(text[half:])}
+            f.write(json.dumps({**row, "response": row["completion"]}) + "\n")
+
+
+def ours(args: argparse.Namespace, folder: Path) -> list[float]:
+    """Seconds of each step of train.py."""
+    import train
+
+    train.main([
+        "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), "--output_dir", str(folder / "ours"),
+        "--template", "prompt_response", "--rule", "none", "--epochs", "1", "--learning_rate", "1e-5",
+        "--global_batch_size", str(args.global_batch_size), "--max_length", str(KINDS[args.data][2]),
+        "--micro_batch_tokens", str(args.micro_batch_tokens), "--attention", args.attention,
+        "--lr_schedule", "constant",
+        "--mixed_precision", "bf16" if bench.device().type == "cuda" else "fp32",
+        "--gradient_checkpointing", str(args.gradient_checkpointing),
+    ])  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
+    print(
+        "data share of a step:",
+        sum(x["seconds"]["data"] for x in lines) / sum(sum(x["seconds"].values()) for x in lines),
+    )
+    return [sum(line["seconds"].values()) for line in lines]
+
+
+def theirs(args: argparse.Namespace, folder: Path, batch_size: int, packing: bool) -> list[float]:
+    """Seconds of each step of SFTTrainer."""
+    import trl
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, TrainerCallback
+
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            if not ends:
+                ends.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    gpu = bench.device().type == "cuda"
+    rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train").select_columns(
+        ["prompt", "completion"]
+    )
+    config = trl.SFTConfig(
+        str(folder / "theirs"), per_device_train_batch_size=batch_size, num_train_epochs=1, learning_rate=1e-5,
+        gradient_accumulation_steps=args.global_batch_size // batch_size if not packing else 1, report_to="none",
+        lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True, use_cpu=not gpu, bf16=gpu,
+        max_length=KINDS[args.data][2] if not packing else args.micro_batch_tokens, optim="adamw_torch_fused",
+        gradient_checkpointing=args.gradient_checkpointing, packing=packing, logging_steps=1, max_grad_norm=1.0,
+        **({} if packing else {"train_sampling_strategy": "group_by_length"}),
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation=args.attention
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    trl.SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]).train()
+    return np.diff(ends).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {
+        "hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "intermediate": 344, "vocabulary": 16000, "steps": 6,
+        "global_batch_size": 32, "micro_batch_tokens": 1024, "rounds": 2,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8], help="of SFTTrainer")
+    parser.add_argument("--data", choices=KINDS, default="word problems")
+    parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--json", default="")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # folder, batch size (0: ours), packing
+    args = parser.parse_args()
+    if args.one:
+        folder, batch_size, packing = Path(args.one[0]), int(args.one[1]), args.one[2] == "packing"
+        seconds = theirs(args, folder, batch_size, packing) if batch_size else ours(args, folder)
+        print(json.dumps({"seconds": seconds, "peak_gib": bench.peak_bytes() / 2**30}))
+        return
+    ways = {"train.py": ("0", ""), **{f"SFTTrainer, {n} rows": (str(n), "") for n in args.batch_sizes}}
+    if args.attention == "flash_attention_2":
+        ways["SFTTrainer, packed"] = ("1", "packing")
+    found: dict[str, list[dict]] = {name: [] for name in ways}
+    for _ in range(args.rounds):  # in turn: what disturbs the machine disturbs all alike
+        for name, way in ways.items():
+            with tempfile.TemporaryDirectory() as folder:
+                make(args, Path(folder))
+                command = [sys.executable, *sys.argv, "--one", folder, *way]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+                rows = map(json.loads, (Path(folder) / "rows.jsonl").read_text().splitlines())
+                tokens = sum(len((r["prompt"] + r["completion"]).split()) + 1 for r in rows)
+    table = []
+    for name, runs in found.items():
+        # an equal number of tokens per step on average; packed, SFTTrainer's steps are fewer, and their sum counts
+        seconds = [sum(r["seconds"][WARMUP:]) * len(r["seconds"]) / (len(r["seconds"]) - WARMUP) for r in runs]
+        table.append({
+            "way": name, "tokens_per_second": tokens / bench.median(seconds), "fastest": tokens / min(seconds),
+            "peak_gib": max(r["peak_gib"] for r in runs), "steps": len(runs[0]["seconds"]),
+        })  # fmt: skip
+    bench.show(table)
+    bench.write(args.json, {"settings": vars(args), "rows": table})
+
+
+if __name__ == "__main__":
+    main()

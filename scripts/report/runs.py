@@ -1,0 +1,188 @@
+"""Runs as report.py sees them: what eval.py has scored, how it was trained, and which runs differ in the seed alone."""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config import UserError
+from common.run_folder import METRICS, RUN
+from train import FREE_TO_CHANGE
+
+DROP = "drop.json"  # what drop.py leaves in a model's folder
+SEED = re.compile(r"[_.-]?seed[_=-]?\d+")  # as part of a path
+
+
+@dataclass
+class Run:
+    """A model: its scores and its training, as far as folders tell."""
+
+    folder: Path  # as it was given: eval.py's output_dir, or train.py's
+    name: str  # the folder's, for tables: short, and different for each run
+    scores: dict[str, dict[str, Any]]  # scores.json, by task.protocol; empty: not scored
+    training: Path | None  # train.py's output_dir; None: no training is known
+    config: dict[str, Any]  # of train.py; empty: no training is known
+    drop: dict[str, Any]  # keys of drop.py; empty: the model is as it was trained
+    model: str  # the base model that everything began with
+    rule: str  # of train.py; base: of a base model; drop: of what drop.py made; empty: not known
+
+    @property
+    def keep_ratio(self) -> float | None:
+        return self.drop.get("keep_ratio", self.config.get("keep_ratio"))
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed", self.drop.get("seed"))
+
+    def settings(self) -> dict[str, Any]:
+        """All that tells this run from others but for the seed, and for what changes no result."""
+        if not self.config and not self.drop:
+            return {"run": self.name}
+        trained = {k: v for k, v in self.config.items() if k not in FREE_TO_CHANGE and k != "seed"}
+        dropped = {f"drop {k}": v for k, v in self.drop.items() if k not in ("seed", "output_dir")}
+        everything = {**trained, **dropped, "model": self.model}
+        return {k: SEED.sub("", v) if isinstance(v, str) else v for k, v in everything.items()}
+
+
+@dataclass
+class Group:
+    """Runs that differ in the seed alone, or one run."""
+
+    name: str
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    def values(self, job: str, metric: str) -> dict[int | None, float]:
+        """{seed: score in [0, 1]} of the runs that have it."""
+        found = {run.seed: run.scores[job]["metrics"].get(metric) for run in self.runs if job in run.scores}
+        return {seed: value["score"] for seed, value in found.items() if value}
+
+    def standard_error(self, job: str, metric: str) -> float:
+        """Over the items, of the first run that has the score; 0 where scores.json has none."""
+        return next(r.scores[job]["metrics"][metric]["standard_error"] or 0.0 for r in self.runs if job in r.scores)
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """One run per folder; a folder is an output_dir of eval.py or of train.py.
+
+    Raises:
+        UserError: a folder holds neither's results, or they are damaged.
+    """
+    folders = list(dict.fromkeys(folders))
+    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    # A model that was scored outside of a run's folder, and that other runs here fine-tune, is their base.
+    started_from = {_resolved(run.config["model"]) for run in runs if run.config.get("objective") == "sft"}
+    for run in runs:
+        scored = {_resolved(entry.get("model", "")) for entry in run.scores.values()}
+        if run.training != run.folder.parent and not run.drop and scored & started_from:
+            run.rule, run.training, run.config = "base", None, {}
+    return runs
+
+
+def group_runs(runs: list[Run]) -> list[Group]:
+    """Runs of equal settings and different seeds together, in the order of their first ones."""
+    groups: dict[str, Group] = {}
+    for run in runs:
+        key = json.dumps(run.settings(), sort_keys=True)
+        while key in groups and run.seed in {other.seed for other in groups[key].runs}:
+            key += SEED.sub("", run.folder.name)  # another evaluation of the model, or a repetition: no other seed
+        groups.setdefault(key, Group("")).runs.append(run)
+    found = list(groups.values())
+    for group in found:
+        group.name = group.first.name if len(group.runs) == 1 else SEED.sub("", group.first.name) or group.first.rule
+    return found
+
+
+def labels(groups: list[Group], names: dict[str, str], but: tuple[str, ...] = ()) -> list[str]:
+    """What to call each group in a legend: its rule, and what tells it from others of that rule; or its folder.
+
+    Args:
+        names: of the rules.
+        but: settings that the figure shows otherwise.
+    """
+    result = []
+    for group in groups:
+        same = [other.first.settings() for other in groups if other.first.rule == group.first.rule]
+        mine = group.first.settings()
+        differ = [k for k in mine if k not in but and any(other.get(k) != mine[k] for other in same)]
+        name = names.get(group.first.rule, group.first.rule) or group.name
+        if len(differ) > 2 or "run" in differ:
+            result.append(group.name)
+        else:
+            result.append(", ".join([name, *(f"{k.removeprefix('drop ')} {_short(mine[k])}" for k in differ)]))
+    return result
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The folders' names without what they have in common, and without eval where it tells nothing."""
+    short = [folder.parent if folder.name == "eval" else folder for folder in folders]
+    if len(set(short)) < len(folders):
+        short = folders
+    if len(short) == 1:
+        return [str(short[0])]
+    common = os.path.commonpath([path.absolute().parent for path in short])
+    return [os.path.relpath(path, common) for path in short]
+
+
+def _read(folder: Path, name: str) -> Run:
+    scores = _json(folder / "scores.json") or {}
+    models = list(dict.fromkeys(entry.get("model", "") for entry in scores.values()))
+    if len(models) > 1:
+        raise UserError(f"{folder}/scores.json holds scores of several models: {', '.join(models)}")
+    scored = Path(models[0]) if models and models[0] else folder
+    # The folders of the layout RUN/{final,eval} first: they move together. Then where the model was when it was scored.
+    near = [folder, folder.parent, folder.parent / "final"] if scores else [folder]
+    near += [scored, scored.parent] if models and models[0] else []
+    drop = next((found for place in near if (found := _json(place / DROP))), {})
+    if drop:
+        near = [Path(drop["tuned"]), Path(drop["tuned"]).parent]
+    training = next((place for place in near if (place / RUN).exists()), None)
+    if not scores and training is None:
+        raise UserError(f"{folder}: no scores.json, which eval.py writes, and no {RUN}, which train.py writes")
+    config = (_json(training / RUN) or {}).get("config", {}) if training else {}
+    if training and "rule" not in config:
+        raise UserError(f"{training / RUN}: no configuration of train.py in it")
+    rule = "drop" if drop else config.get("rule", "")
+    model = _root(config["model"]) if config else drop.get("base", models[0] if models else "")
+    return Run(folder, name, scores, training, config, drop, model, rule)
+
+
+def _root(model: str, depth: int = 10) -> str:
+    """The model that the run began with that made `model`, and so on; `model` itself where no run made it."""
+    run = _json(Path(model).parent / RUN) if depth else None
+    return _root(run["config"]["model"], depth - 1) if run else model
+
+
+def _resolved(model: str) -> str:
+    return str(Path(model).resolve()) if model and Path(model).exists() else model
+
+
+def _json(path: Path) -> Any:
+    """The content of a JSON file, None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: damaged or not readable ({' '.join(str(e).split())})") from None
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """The lines of the training's metrics.jsonl; empty where there is none. A line that a crash has cut is left out."""
+    lines = []
+    if run.training and (run.training / METRICS).exists():
+        for line in (run.training / METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+    return lines

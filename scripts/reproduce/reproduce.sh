@@ -1,0 +1,192 @@
+# Sourced by reproduce_math.sh, reproduce_code.sh and reproduce_general.sh: for each base model and rule train, score, report.
+#
+# Variables, with their defaults:
+#   MODELS, RULES, SEEDS    what is run, e.g. MODELS=mistral_7b RULES="none gmt" SEEDS="0 1 2"; a model is a configs/ file's
+#   KEEP_RATIO=0.2          of gmt, rmt and drop (a choice of ours: the paper's value is not known to us)
+#   NPROC, ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml    processes (all GPUs of the machine), and how they are used
+#   OUT=outputs/reproduce_...   the results: OUT/MODEL/RULE_seedS/{final,eval}, OUT/MODEL/{base,drop_seedS},
+#                           OUT/MODEL/{report.md,report.csv,loss.png}; logs in OUT/logs
+#   DATA_DIR                local copies of the benchmarks (README: "Items come from"); empty: the Hub
+#   HUB_DIR                 what scripts/download.py has fetched: its models and datasets (of benchmarks it prints what to set);
+#                           empty: the Hub
+#   TASKS, EVAL_ARGS        what is scored; more words for eval.py, e.g. EVAL_ARGS="--limit 100"
+#   DPO_ARGS                more words for DPO's trainings (reproduce_general.sh)
+#   REDUCED=1               the whole of it on a CPU in minutes, offline: small random models of the same architectures, a
+#                           few rows and items, two steps; its scores mean nothing
+# Arguments go to train.py: bash scripts/reproduce_math.sh --learning_rate 1e-5
+# The script itself sets: RESULTS (OUT's default is outputs/RESULTS), FAMILY (of configs/), PROMPTS (prompt_format of
+# fine-tuned models, or empty), WITH_DPO (or empty).
+
+for name in OUT DATA_DIR HUB_DIR; do # setup.sh changes the folder
+    [ -z "${!name:-}" ] || printf -v "$name" '%s' "$(realpath -m "${!name}")"
+done
+[ ! -f "${ACCELERATE_CONFIG:-}" ] || ACCELERATE_CONFIG=$(realpath "$ACCELERATE_CONFIG")
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source scripts/reproduce/stages.sh
+
+refuse() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
+
+OUT=${OUT:-outputs/$RESULTS}
+RULES=${RULES:-none rmt hft gmt drop} SEEDS=${SEEDS:-0} KEEP_RATIO=${KEEP_RATIO:-0.2}
+DATA_DIR=${DATA_DIR:-} HUB_DIR=${HUB_DIR:-} REDUCED=${REDUCED:-}
+read -ra eval_args <<<"${EVAL_ARGS:-}"
+read -ra dpo_args <<<"${DPO_ARGS:-}"
+train_args=()
+
+# --- what can be refused before anything runs ----------------------------------------------------------------------------
+for model in $MODELS; do
+    [ -f "configs/${FAMILY}_$model.yaml" ] ||
+        refuse "MODELS: unknown word '$model'; known: $(ls configs | sed -n "s/^${FAMILY}_\(.*\)\.yaml$/\1/p" | paste -sd ' ')"
+done
+for rule in $RULES; do
+    case $rule in drop) [[ " $RULES " = *" none "* ]] || refuse "RULES: drop is of the model of rule none: add it" ;; esac
+done
+for seed in $SEEDS; do [[ $seed =~ ^[0-9]+$ ]] || refuse "SEEDS: expected whole numbers, got '$seed'"; done
+[[ $KEEP_RATIO =~ ^[0-9.eE-]+$ ]] || refuse "KEEP_RATIO: expected a number in (0, 1], got '$KEEP_RATIO'"
+for name in DATA_DIR HUB_DIR; do
+    [ -z "${!name}" ] || [ -d "${!name}" ] || refuse "$name=${!name}: no such folder"
+done
+mkdir -p "$OUT/logs" 2>/dev/null && [ -w "$OUT" ] || refuse "OUT=$OUT: cannot be made or written to"
+for word; do [ "$word" != --output_dir ] || refuse "--output_dir: set OUT instead"; done
+
+# --- the hardware, or the reduced world ----------------------------------------------------------------------------------
+if [ -n "$REDUCED" ]; then
+    export HF_HUB_OFFLINE=1
+    NPROC=${NPROC:-1} ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-configs/accelerate/cpu.yaml}
+    HUB_DIR=$OUT/reduced
+    DATA_DIR=${DATA_DIR:-$OUT/reduced/benchmarks}
+    train_args=(--max_steps 2 --global_batch_size 4 --mixed_precision fp32)
+    eval_args=(--limit 2 --dtype float32 ${eval_args[@]+"${eval_args[@]}"})
+else
+    NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+    [ "$NPROC" != 0 ] || refuse "no GPU here; REDUCED=1 tries everything on a CPU, NPROC=N and ACCELERATE_CONFIG say otherwise"
+    ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-configs/accelerate/fsdp2.yaml}
+fi
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || refuse "NPROC: expected a number of processes, got '$NPROC'"
+[ -f "$ACCELERATE_CONFIG" ] || refuse "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file"
+launch=(accelerate launch --config_file "$ACCELERATE_CONFIG" --num_processes "$NPROC")
+# The launcher of several processes would answer Ctrl-C itself, and give the training too little time to save.
+[ "$NPROC" = 1 ] || launch=(setsid "${launch[@]}")
+
+# --- the parts ------------------------------------------------------------------------------------------------------------
+
+setting() { sed -n "s/^$2: *\([^ #]*\).*/\1/p" "$1"; } # setting FILE KEY: its value in a YAML of configs/
+
+here() { # here KIND NAME: the local copy of a model or dataset of the Hub, if HUB_DIR has it
+    if [ -n "$HUB_DIR" ] && [ -d "$HUB_DIR/$1/$2" ]; then echo "$HUB_DIR/$1/$2"; else echo "$2"; fi
+}
+
+words_of() { # words_of CONFIG RULE SEED: the words of a training, in the array `words`, without model and output_dir
+    words=(--config "$1" --dataset "$(here datasets "$(setting "$1" dataset)")" --rule "$2" --seed "$3")
+    case $2 in none | hft) ;; *) words+=(--keep_ratio "$KEEP_RATIO") ;; esac
+    words+=(${train_args[@]+"${train_args[@]}"})
+}
+
+train_and_tidy() { # train_and_tidy RUN ARGS...: of a finished run its checkpoints are not needed any more
+    train_run "$@"
+    rm -rf "$1/checkpoints"
+}
+
+evaluate() { # evaluate MODEL FOLDER FORMAT: the scores in FOLDER/eval, of prompts in a format (empty: each task's own)
+    local words=() task hub=()
+    [ -z "$3" ] || words=(--prompt_format "$3")
+    local name=${2#"$OUT"/}/eval${3:+_$3}
+    words+=(${eval_args[@]+"${eval_args[@]}"})
+    if [ -n "$DATA_DIR" ]; then
+        score "$name" "$1" "$2/eval" --tasks $TASKS --data_dir "$DATA_DIR" "${words[@]}"
+        return
+    fi
+    for task in $TASKS; do [ "$task" = bbh ] || hub+=("$task"); done
+    if [[ " $TASKS " = *" bbh "* ]]; then score "${name}_bbh" "$1" "$2/eval" --tasks bbh --data_dir "$OUT/bbh" "${words[@]}"; fi
+    if [ ${#hub[@]} != 0 ]; then score "$name" "$1" "$2/eval" --tasks "${hub[@]}" ${words[@]+"${words[@]}"}; fi
+}
+
+fetch_bbh() { # the Hub has BBH's questions, and not its prompts
+    [[ -z $DATA_DIR && " $TASKS " = *" bbh "* ]] || return 0
+    [ ! -f "$OUT/bbh/bbh/cot-prompts/word_sorting.txt" ] || return 0
+    rm -rf "$OUT/bbh"
+    git clone -q --depth 1 https://github.com/suzgunmirac/BIG-Bench-Hard "$OUT/bbh/bbh" ||
+        refuse "BBH's prompts could not be fetched: set DATA_DIR to a folder of all benchmarks (README: 'Items come from'), or TASKS without bbh"
+}
+
+plan() { # plan RUN ARGS...: one more training for the stage plan, in the array `planned`
+    local run=$1
+    shift
+    [ ! -f "$run/final/COMPLETED" ] || return 0
+    how_to_go_on "$run"
+    planned+=("$@" --output_dir "$run" ${how[@]+"${how[@]}"} --)
+    how=()
+}
+
+run_plans() { # what train.py would refuse comes out before the first training, and memory, disk and steps are told
+    [ ${#planned[@]} != 0 ] || return 0
+    export WORLD_SIZE=$NPROC # for these alone: a launcher sets its own
+    if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then export ACCELERATE_USE_FSDP=true FSDP_VERSION=2; fi
+    stage plan "" scripts/reproduce/dry_runs.py "${planned[@]}"
+    unset WORLD_SIZE ACCELERATE_USE_FSDP FSDP_VERSION
+}
+
+plan_all() { # the trainings of all models, with the first seed
+    local model config base rule seed planned=() words
+    read -r seed _ <<<"$SEEDS"
+    for model in $MODELS; do
+        config=configs/${FAMILY}_$model.yaml
+        base=$(here models "$(setting "$config" model)")
+        for rule in "${rules[@]}"; do
+            words_of "$config" "$rule" "$seed"
+            plan "$OUT/$model/${rule}_seed$seed" "${words[@]}" --model "$base" "$@"
+        done
+        [ -n "$WITH_DPO" ] || continue
+        words_of "configs/dpo_$model.yaml" "${rules[0]}" "$seed"
+        plan "$OUT/$model/${rules[0]}_dpo_seed$seed" "${words[@]}" --model "$base" ${dpo_args[@]+"${dpo_args[@]}"}
+    done
+    run_plans
+}
+
+one_model() { # one_model MODEL ARGS...: all that is run of a base model, and its report
+    local model=$1 config=configs/${FAMILY}_$1.yaml base rule seed run tuned folders=() words
+    shift
+    base=$(here models "$(setting "$config" model)")
+    evaluate "$base" "$OUT/$model/base" ""
+    [ -z "$PROMPTS" ] || evaluate "$base" "$OUT/$model/base" "$PROMPTS"
+    for seed in $SEEDS; do
+        for rule in "${rules[@]}"; do
+            run=$OUT/$model/${rule}_seed$seed
+            words_of "$config" "$rule" "$seed"
+            train_and_tidy "$run" "${words[@]}" --model "$base" "$@"
+            evaluate "$run/final" "$run" "$PROMPTS"
+            folders+=("$run/eval")
+        done
+        if [[ " $RULES " = *" drop "* ]]; then
+            run=$OUT/$model/drop_seed$seed
+            stage "$model/drop_seed$seed/drop" "$run/final/drop.json" scripts/drop.py --base "$base" \
+                --tuned "$OUT/$model/none_seed$seed/final" --output_dir "$run/final" --keep_ratio "$KEEP_RATIO"
+            evaluate "$run/final" "$run" "$PROMPTS"
+            folders+=("$run/eval")
+        fi
+        [ -n "$WITH_DPO" ] || continue
+        for rule in "${rules[@]}"; do
+            run=$OUT/$model/${rule}_dpo_seed$seed tuned=$OUT/$model/${rule}_seed$seed/final
+            words_of "configs/dpo_$model.yaml" "$rule" "$seed"
+            train_and_tidy "$run" "${words[@]}" --model "$tuned" ${dpo_args[@]+"${dpo_args[@]}"}
+            evaluate "$run/final" "$run" "$PROMPTS"
+            folders+=("$run/eval")
+        done
+    done
+    stage "$model/report" "" scripts/report.py "${folders[@]}" "$OUT/$model/base/eval" \
+        --out "$OUT/$model/report.md" --csv "$OUT/$model/report.csv" --figures "$OUT/$model"
+}
+
+prepare() { # what is needed before the first plan
+    fetch_bbh
+    [ -z "$REDUCED" ] || stage reduced "$OUT/reduced/COMPLETED" scripts/reproduce/reduced.py "$OUT/reduced"
+}
+
+reproduce() { # everything; its arguments go to train.py
+    local model rule
+    rules=()
+    for rule in $RULES; do [ "$rule" = drop ] || rules+=("$rule"); done
+    prepare
+    plan_all "$@"
+    for model in $MODELS; do one_model "$model" "$@"; done
+}

@@ -1,0 +1,1 @@
+"""The study: bases, fine-tunings, their report."""

@@ -1,0 +1,123 @@
+"""What a training runs on: the Accelerator, the optimizer, and what is refused since masks would not be exact on it."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
+from datasets.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
+
+from common.config import TrainConfig, UserError
+
+
+def is_sharded() -> bool:
+    """Whether Accelerate is configured for FSDP, here as in all processes."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError for what is not supported, from configuration and environment alone: every process agrees."""
+    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if config.mixed_precision == "fp16" and config.masked_weights == "frozen":
+        raise UserError(
+            "masked_weights frozen needs its own optimizer step, which fp16's gradient scaler owns: use bf16"
+        )
+    if config.mixed_precision == "fp16" and on_cpu:
+        raise UserError("mixed_precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    for name, reason in {
+        "DEEPSPEED": "its ZeRO shards flat buffers, in which a matrix's gradient cannot be told apart",
+        "MEGATRON_LM": "its tensor parallelism cuts matrices in ways that the masks do not know",
+    }.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(f"Accelerate is configured for {name}, which is not supported: {reason}; use DDP or FSDP2")
+    for size, what in {"TP": "tensor", "CP": "context", "SP": "sequence"}.items():
+        if int(os.environ.get(f"PARALLELISM_CONFIG_{size}_SIZE", "1")) > 1:
+            raise UserError(f"{what} parallelism is not supported: use dp_replicate_size and dp_shard_size alone")
+    if not is_sharded():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP1 is not supported, it flattens the matrices: set fsdp_version: 2 (configs/accelerate)")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise UserError("FSDP2 with CPU offload is not supported: set fsdp_offload_params: false")
+    if config.optimizer != "adamw":
+        raise UserError(f"optimizer {config.optimizer} is of bitsandbytes, which does not know FSDP2: use adamw")
+    if config.mixed_precision == "fp16":
+        raise UserError("mixed_precision fp16 is not supported under FSDP2: use bf16")
+    if config.master_dtype == "bfloat16":
+        raise UserError("master_dtype bfloat16 is not supported under FSDP2, which keeps fp32 masters: leave it out")
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """The Accelerator of a run, with its process group."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    transformers_logging.set_verbosity_error()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision={"fp32": "no"}.get(config.mixed_precision, config.mixed_precision),
+        step_scheduler_with_optimizer=False,
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
+        fsdp_plugin=_fsdp2(config) if is_sharded() else None,
+        kwargs_handlers=[
+            # Each weight is used once a pass: a cache of 16-bit copies, kept until its end, would serve nothing. Under
+            # gradient checkpointing it would hold all layers' copies at once.
+            AutocastKwargs(cache_enabled=False),
+            # find_unused_parameters keeps DDP from re-ordering its buckets after the first step: with 3 and more
+            # processes a sum's rounding depends on that order, and a resumed run would differ.
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # others wait while one tokenises or saves
+        ],
+    )
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in known:
+        raise UserError(f"{accelerator.distributed_type.value} is not supported: use one process, DDP or FSDP2")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"Accelerate's configuration sets gradient_accumulation_steps {accelerator.gradient_accumulation_steps}: "
+            "set it to 1, accumulation follows from global_batch_size"
+        )
+    if not accelerator.is_local_main_process:
+        disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+    return accelerator
+
+
+def _fsdp2(config: TrainConfig) -> FullyShardedDataParallelPlugin:
+    """Accelerate's plugin, the rest of it from the environment that `accelerate launch` makes of its YAML file."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    # Accelerate's default for bf16 sums the gradients in bf16 too: many ties, and other masks than on one process.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        state_dict_type="SHARDED_STATE_DICT",
+        mixed_precision_policy=policy if config.mixed_precision == "bf16" else None,
+    )
+
+
+def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only, of torch or, with 8-bit moments, of bitsandbytes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    settings = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    import bitsandbytes as bnb
+
+    kind = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[config.optimizer]
+    return kind(groups, **settings)

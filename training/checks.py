@@ -1,0 +1,108 @@
+"""What is measured on the real model before training: that its loss is its own, and that packing is safe."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+
+from common.config import TrainConfig, UserError
+from training.data import Examples, collate
+from training.plan import wants_packing
+
+
+@contextlib.contextmanager
+def looking_at(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and gradients; afterwards it is as it was before training."""
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # keeps some weights whole until a backward pass, as other Parameter objects
+            module.reshard()
+
+
+def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> None:
+    """Raise UserError where losses.give_loss is not the cross-entropy of the model's own logits.
+
+    So it is where a model does something to its logits, behind the head, that give_loss does not know.
+    """
+    shortest = [[int(examples.lengths.argmin())]]
+    batch = collate(examples, shortest, accelerator.device)
+    with looking_at(model):
+        ours = model(**batch)
+        logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["positions"]]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    theirs = F.cross_entropy(logits, batch["targets"], reduction="none")
+    if _any_process(distance(ours, theirs) > _rounding(config), accelerator):
+        raise UserError(
+            f"model {config.model} ({model_type(model)}) does something to its logits that losses.give_loss does not "
+            f"know: its loss is {theirs.mean():.4f}, that of give_loss {ours.mean():.4f}"
+        )
+
+
+def packing_leaks(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> str:
+    """Why the model must not be given packed rows; "" where it may.
+
+    Looked at are the losses of the second of two examples in one row: they must not depend on what the first one says,
+    and must be those of that example in a row of its own.
+    """
+    if len(examples) < 2:
+        return "there is one example"
+    first, second = np.argsort(examples.lengths, kind="stable")[len(examples) // 2 - 1 :][:2].tolist()
+
+    def second_losses(rows: list[list[int]], reverse: int = 0) -> Tensor:
+        batch = collate(examples, rows, accelerator.device, packed=True)
+        batch["input_ids"][:, :reverse] = batch["input_ids"][:, :reverse].flip(1)
+        return model(**batch)[-int(examples.trained[second]) :]
+
+    with looking_at(model):
+        together = second_losses([[first, second]])
+        other = second_losses([[first, second]], reverse=int(examples.lengths[first]))
+        apart = second_losses([[second]])
+    if _any_process(distance(together, other) > 1e-5, accelerator):
+        return f"{model_type(model)} lets an example see the one before it, with attention {config.attention}"
+    if _any_process(distance(together, apart) > _rounding(config), accelerator):
+        return f"{model_type(model)} gives an example other losses in a packed row than apart"
+    return ""
+
+
+def decide_packing(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> bool:
+    """Whether rows are packed.
+
+    Raises:
+        UserError: `packing: on`, and the model must not be given packed rows.
+    """
+    if not wants_packing(config):
+        return False
+    reason = packing_leaks(config, model, examples, accelerator)
+    if reason and config.packing == "on":
+        raise UserError(f"packing on: {reason}; use packing auto or off")
+    if reason:
+        accelerator.print(f"not packed: {reason}")
+    return not reason
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|; NaN where either is."""
+    return float((a - b).norm() / b.norm())
+
+
+def model_type(model: nn.Module) -> str:
+    return f"model type {getattr(model, 'module', model).config.model_type}"
+
+
+def _rounding(config: TrainConfig) -> float:
+    """How far losses of the same tokens, computed in two ways, may lie apart."""
+    return 1e-4 if config.mixed_precision == "fp32" and config.master_dtype != "bfloat16" else 2e-2
+
+
+def _any_process(bad: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so on any process: all have to go the same way."""
+    return bool(accelerator.reduce(torch.tensor(float(bad), device=accelerator.device), "sum") > 0)

@@ -1,0 +1,68 @@
+"""DPO's reference: the log-probabilities of all answers under the model that training begins with, computed once.
+
+They are kept in the run's folder, so that a resumed run need not compute them again, and no second model is ever in
+memory.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.config import TrainConfig
+from training import checks
+from training.data import Examples
+from training.objectives import sequence_logps
+
+
+def fingerprint(config: TrainConfig, parts: list[Examples], packed: bool) -> str:
+    """A hash of what the log-probabilities depend on: the data, the model, how it computes."""
+    path = Path(config.model)
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.iterdir()) if path.is_dir() else []
+    how = [getattr(config, key) for key in ("model", "master_dtype", "mixed_precision", "attention", "seed")]
+    everything = [[part.fingerprint() for part in parts], files, how, packed]
+    return hashlib.sha256(repr(everything).encode()).hexdigest()
+
+
+def compute(model: nn.Module, parts: list[tuple[Examples, Iterable[Any]]], accelerator: Accelerator) -> list[Tensor]:
+    """Log-probabilities under the model as it is now, without dropout: (n, 2) fp64 on the CPU for each of `parts`.
+
+    Args:
+        parts: examples, and this process's micro-batches of them (inputs, ids); over all processes each example once.
+            In the micro-batches of training, policy and reference agree to the last bit before the first step.
+    """
+    out = []
+    with checks.looking_at(model):
+        for examples, micro_batches in parts:
+            logps = torch.zeros(len(examples), 2, dtype=torch.float64, device=accelerator.device)
+            for batch in micro_batches:
+                tokens = torch.from_numpy(examples.sequence_trained[batch.ids].reshape(-1, 2))
+                logps[batch.ids] = sequence_logps(model(**batch.inputs), tokens)
+            out.append(accelerator.reduce(logps, "sum").cpu())
+    return out
+
+
+def save(path: Path, logps: list[Tensor], mark: str) -> None:
+    """Write what compute returned so that the file is either whole or not there."""
+    aside = path.with_name(path.name + ".aside")
+    save_file({str(i): part for i, part in enumerate(logps)}, aside, {"fingerprint": mark})
+    aside.replace(path)
+
+
+def load(path: Path, mark: str, accelerator: Accelerator) -> list[Tensor] | None:
+    """What `save` wrote; None, on every process, where any of them finds none of this fingerprint."""
+    found = None
+    try:
+        with safe_open(path, "pt") as f:
+            if (f.metadata() or {}).get("fingerprint") == mark:
+                found = [f.get_tensor(str(i)) for i in range(len(f.keys()))]
+    except (OSError, SafetensorError):
+        pass
+    missing = torch.tensor(float(found is None), device=accelerator.device)
+    return None if accelerator.reduce(missing, "sum") > 0 else found
