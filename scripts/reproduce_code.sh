@@ -6,5 +6,5 @@
 set -euo pipefail
 RESULTS=reproduce_code FAMILY=code PROMPTS=magicoder WITH_DPO=''
 MODELS=${MODELS:-mistral_7b deepseek_coder_6.7b} TASKS=${TASKS:-code}
-source "$(dirname "$0")/reproduce.sh"
+source "$(dirname "$0")/reproduce/reproduce.sh"
 reproduce "$@"

@@ -6,5 +6,5 @@
 set -euo pipefail
 RESULTS=reproduce_general FAMILY=general PROMPTS=tulu WITH_DPO=1
 MODELS=${MODELS:-llama2_7b llama2_13b} TASKS=${TASKS:-mmlu gsm8k_8shot bbh tydiqa truthfulqa humaneval_pass10}
-source "$(dirname "$0")/reproduce.sh"
+source "$(dirname "$0")/reproduce/reproduce.sh"
 reproduce "$@"

@@ -6,5 +6,5 @@
 set -euo pipefail
 RESULTS=reproduce_math FAMILY=math PROMPTS='' WITH_DPO=''
 MODELS=${MODELS:-mistral_7b llama3_8b} TASKS=${TASKS:-math}
-source "$(dirname "$0")/reproduce.sh"
+source "$(dirname "$0")/reproduce/reproduce.sh"
 reproduce "$@"

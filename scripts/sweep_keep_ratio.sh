@@ -14,7 +14,7 @@ case $(basename "$CONFIG") in
     general_* | dpo_*) PROMPTS=tulu TASKS=${TASKS:-mmlu gsm8k_8shot bbh tydiqa truthfulqa humaneval_pass10} ;;
     *) PROMPTS='' TASKS=${TASKS:-math} ;;
 esac
-source "$(dirname "$0")/reproduce.sh"
+source "$(dirname "$0")/reproduce/reproduce.sh"
 
 sweep() {
     local base seed planned=() words folders=() run

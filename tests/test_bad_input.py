@@ -407,7 +407,7 @@ def test_no_space_left_at_a_save(tmp_path, train_args):
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "import checkpoint, train, config\n"
+        "import train\nfrom common import config\nfrom training import checkpoint\n"
         "save = checkpoint.save\n"
         "def limited(accelerator, folder, progress, keep):\n"
         "    if progress['step'] == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"

@@ -21,7 +21,7 @@ for name in OUT DATA_DIR HUB_DIR; do # setup.sh changes the folder
     [ -z "${!name:-}" ] || printf -v "$name" '%s' "$(realpath -m "${!name}")"
 done
 [ ! -f "${ACCELERATE_CONFIG:-}" ] || ACCELERATE_CONFIG=$(realpath "$ACCELERATE_CONFIG")
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 source scripts/reproduce/stages.sh
 
 refuse() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
