@@ -100,13 +100,38 @@ def masks_entries(rule: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Exact selection by counting
+# The mask of one tensor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def keep_count(n: int, keep_ratio: float) -> int:
     """How many of n entries are kept: k = max(1, round(keep_ratio * n))."""
     return max(1, round(keep_ratio * n))
+
+
+def topk_mask(scores: Tensor, k: int) -> Tensor:
+    """The mask M of one tensor: True where |score| is among the k largest and not 0; ties at the threshold are kept.
+
+    Args:
+        scores: any shape and strides; bf16, fp16, fp32, fp64 without NaN, or integers >= 0.
+        k: how many to keep, 1 <= k <= scores.numel(); an empty tensor gives an empty mask.
+    Returns:
+        bool tensor of the same shape.
+    Raises:
+        ValueError: k is out of range.
+    """
+    if scores.numel() == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if not 1 <= k <= scores.numel():
+        raise ValueError(f"k must be between 1 and the {scores.numel()} entries of the tensor, got {k}")
+
+    def keys() -> Iterator[Tensor]:
+        for matrix in _split("", scores, scores, scores.shape, 0):
+            for _, chunk in _row_chunks(matrix.grad):
+                yield magnitude_keys(chunk.reshape(-1))
+
+    dtype = magnitude_keys(scores.reshape(-1)[:0]).dtype
+    return _is_kept(scores, _kth_largest_key(keys, scores.numel(), k, dtype, scores.device))
 
 
 def magnitude_keys(scores: Tensor) -> Tensor:
@@ -121,6 +146,422 @@ def magnitude_keys(scores: Tensor) -> Tensor:
         return scores
     bits = scores.view(_INTEGER_OF[scores.dtype])
     return bits & torch.iinfo(bits.dtype).max
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The masks of a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Masker:
+    """Masks the gradients of a model in place, once per optimizer step.
+
+    Args:
+        named_parameters: `model.named_parameters()`, taken after the model is wrapped for training (Accelerate's
+            `prepare`, DDP); a tied weight is counted once. Parameters that need no gradient are never touched.
+        rule: a word of rules(). `none` masks nothing, and neither does `hft`, which works by `freeze_half`.
+            `grad_square` needs calibrate() and fix_masks() before its first step.
+        keep_ratio: fraction of entries kept, in (0, 1]; the paper's mask ratio is 1 - keep_ratio.
+        scope: `tensor`, one threshold per matrix (the paper's), or `model`, one over all masked entries.
+        exclude: fnmatch patterns of parameter names that are not masked, e.g. `*embed_tokens*`.
+        mask_vectors: mask tensors of fewer than two dimensions (norms, biases) too.
+        seed: seeds the random rules.
+    Raises:
+        ValueError: an argument has no meaning, or a pattern of `exclude` matches no parameter.
+
+    What "masked" means under AdamW is a choice. `mask_gradients` is `masked_weights: momentum`: the optimizer sees
+    M * G, so the moments of a masked entry decay, and still move its weight. `step` is `masked_weights: frozen`: where
+    M = 0 nothing changes at this step.
+
+    A Masker hooks into nothing: between the calls it does nothing, so that saving and loading go on undisturbed.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        rule: str = "gmt",
+        keep_ratio: float | None = None,
+        *,
+        scope: str = "tensor",
+        exclude: Iterable[str] = (),
+        mask_vectors: bool = False,
+        seed: int = 0,
+    ):
+        if rule not in rules():
+            raise ValueError(f"rule must be one of {', '.join(rules())}; got {rule!r}")
+        if masks_entries(rule) and not (keep_ratio is not None and 0 < keep_ratio <= 1):
+            raise ValueError(f"rule {rule} needs a keep_ratio in (0, 1]; got {keep_ratio}")
+        if not masks_entries(rule) and keep_ratio is not None:
+            raise ValueError(f"keep_ratio has no meaning for rule {rule}; got {keep_ratio}")
+        if scope not in ("tensor", "model"):
+            raise ValueError(f"scope must be tensor or model; got {scope!r}")
+        self.rule, self.keep_ratio, self.scope, self.seed = rule, keep_ratio, scope, seed
+        parameters = _without_wrappers(dict(named_parameters))
+        self.eligible = _eligible(parameters, exclude, mask_vectors)
+        self.total_entries = sum(p.numel() for p in parameters.values())
+        self._squares: dict[str, Tensor] = {}  # grad_square, while it is calibrated: sums of squared gradients
+        self._fixed: dict[str, Tensor] = {}  # grad_square, from then on: its masks as bits, of this process's part
+        self._last: dict[str, Tensor] = {}  # the masks, as bits, of the last call with jaccard=True
+
+    @torch.no_grad()
+    def mask_gradients(
+        self, step: int, *, stats: bool = False, jaccard: bool = False, check_finite: bool = True
+    ) -> dict[str, Any] | None:
+        """Zero the gradient entries that the rule does not keep. Parameters without a gradient are skipped.
+
+        Gradients that FSDP2 shards (DTensors, Shard(0), also with replicas) get the mask of the whole matrix, from
+        all-reduced counts; every process of the mesh has to make the call.
+
+        Args:
+            step: the optimizer step, from 0: the random rules draw anew at each.
+            stats: return the statistics below; costs two reads of the gradients and one wait for the device.
+            jaccard: with stats, compare the masks with those of the last such call; keeps a bit per entry.
+            check_finite: raise on a non-finite gradient, at the price of one read and one wait for the device. A loop
+                that has tested the gradient norm turns it off.
+        Returns:
+            None, or kept_fraction (of all eligible entries), kept_nonzero_fraction (of those with a gradient other
+            than 0), energy_kept (share of the squared norm of the eligible gradients; None where gradients of frozen
+            weights are not known), mask_jaccard (intersection over union; None at first, absent without jaccard), and
+            tensors: {parameter name: its COUNTS}, from which the same can be had for any group of them.
+        Raises:
+            ValueError: a gradient is not finite (the parameter is named), sparse, or laid out in another way; or
+                grad_square has no masks yet.
+        """
+        return self._mask(step, stats, jaccard, check_finite)[0]
+
+    @torch.no_grad()
+    def step(
+        self, optimizer: torch.optim.Optimizer, step: int, *, stats=False, jaccard=False, check_finite=True
+    ) -> dict[str, Any] | None:
+        """`masked_weights: frozen`: mask, and update so that where M = 0 weight, moments and decay stay as they are.
+
+        Call it instead of mask_gradients and optimizer.step(). The optimizer steps one parameter at a time; what it did
+        to masked entries is taken back, at the price of a copy of that parameter's weight and moments, and of a bit per
+        entry. Selected entries get exactly the optimizer's update. Adam counts steps per tensor: its bias correction
+        for an entry that is first selected at a late step is that of the late step, so that such an entry moves by up
+        to (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate. Quantised (uint8) moments share block scales
+        and are not taken back: of 8-bit optimizers only the weights are frozen.
+
+        Args, Returns and Raises: as mask_gradients; the optimizer may be any torch one whose state is tensors of the
+        weight's shape. Parameters that are not eligible are updated as always.
+        """
+        statistics, masks = self._mask(step, stats, jaccard, check_finite, keep_bits=True)
+        mask_of = {id(self.eligible[name]): bits for name, bits in masks.items()}
+        for p in _one_by_one(optimizer):
+            if id(p) in mask_of:
+                _step_where(optimizer, p, mask_of[id(p)])
+            elif p.grad is not None:
+                optimizer.step()
+        return statistics
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether calibrate() and fix_masks() have to come before the first step."""
+        return self.rule == "grad_square" and not self._fixed
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """grad_square: add the squares of the gradients that are there now to their sums. Take no optimizer step.
+
+        The selection of FISH masks (arXiv 2111.09839), but with the squared gradients of whole batches, where Fisher
+        information has those of single examples.
+        """
+        for name, p in self.eligible.items():
+            if p.grad is not None:
+                wide = p.grad if p.grad.dtype == torch.float64 else p.grad.float()
+                self._squares[name] = self._squares.get(name, 0) + wide.square()
+
+    @torch.no_grad()
+    def fix_masks(self) -> None:
+        """grad_square: choose the masks of all steps by the sums, and forget the sums.
+
+        Raises:
+            ValueError: nothing was calibrated, or a sum is not finite.
+        """
+        if not self._squares:
+            raise ValueError("grad_square: there is nothing to choose by; call calibrate() after backward() first")
+        matrices, all_reduce = _matrices(self._squares, self.eligible)
+        _raise_if_not_finite(matrices, all_reduce)
+        parts = {name: [torch.zeros(0, dtype=torch.bool, device=_here(x).device)] for name, x in self._squares.items()}
+        for m, _, mask in _select(matrices, all_reduce, score_gmt, self.keep_ratio, self.scope, self.seed):
+            parts[m.name].append(mask.flatten())
+        self._fixed = {name: _pack(torch.cat(masks)) for name, masks in parts.items()}
+        self._squares = {}
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: grad_square's masks, per parameter, as bits (uint8, on the CPU); else nothing.
+
+        The masks are those of whole tensors, also under sharding, where every process has to make the call.
+        """
+        return {name: _gathered_bits(bits, self.eligible[name].detach()) for name, bits in self._fixed.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over masks of state_dict(), whatever number of processes it was made on.
+
+        Raises:
+            ValueError: they are those of other parameters.
+        """
+        for name, bits in state.items():
+            p = self.eligible.get(name)
+            if p is None or bits.numel() != -(-p.numel() // 8):
+                raise ValueError(f"the masks in the checkpoint do not fit the parameter {name}")
+            self._fixed[name] = _bits_of_this_process(bits, p.detach())
+
+    def summary(self) -> str:
+        """What is masked, for people: eligible tensors grouped by shape, and their share of all parameters."""
+        by_shape: dict[tuple, list[str]] = defaultdict(list)
+        for name, p in self.eligible.items():
+            by_shape[tuple(p.shape)].append(name)
+        share = sum(p.numel() for p in self.eligible.values()) / max(self.total_entries, 1)
+        kept = f", keep_ratio {self.keep_ratio}, scope {self.scope}" if masks_entries(self.rule) else ""
+        lines = [f"rule {self.rule}{kept}: {len(self.eligible)} tensors, {share:.1%} of all parameters, are maskable"]
+        for shape, names in by_shape.items():
+            frozen = sum(not self.eligible[n].requires_grad for n in names)
+            kinds = sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names})
+            lines.append(
+                f"  {len(names):4d} x {'x'.join(map(str, shape)):<14} {', '.join(kinds)}"
+                + (f"  ({frozen} frozen)" if frozen else "")
+            )
+        return "\n".join(lines)
+
+    def _mask(
+        self, step: int, stats: bool, jaccard: bool, check_finite: bool, keep_bits: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """(mask_gradients' statistics, the masks as bits where keep_bits or jaccard asks for them)."""
+        if not (masks_entries(self.rule) or stats or jaccard or check_finite):
+            return None, {}
+        grads = {name: p.grad for name, p in self.eligible.items() if p.grad is not None}
+        matrices, all_reduce = _matrices(grads, self.eligible)
+        if check_finite and matrices:
+            _raise_if_not_finite(matrices, all_reduce)
+        counts, bits = {}, {}
+        for name, chunks in itertools.groupby(self._masks(matrices, all_reduce, step), key=lambda c: c[0].name):
+            flat = []
+            for _, g, mask in chunks:
+                before = _nonzero_and_energy(g) if stats else None
+                g.mul_(mask)
+                if stats:
+                    now = torch.stack([mask.sum().double(), *before, *_nonzero_and_energy(g)])
+                    counts[name] = counts.get(name, 0) + now
+                if keep_bits or jaccard:
+                    flat.append(mask.flatten())
+            if flat:
+                bits[name] = _pack(torch.cat(flat))
+        overlap = None
+        if jaccard:
+            overlap, self._last = _overlap(bits, self._last), bits
+        return _statistics(self.eligible, counts, overlap, jaccard, all_reduce) if stats else None, bits
+
+    def _masks(self, matrices: list["_Matrix"], all_reduce: "_AllReduce", step: int) -> Iterator["_MaskedChunk"]:
+        """The masks of this step."""
+        if self.rule in SCORES:
+            return _select(matrices, all_reduce, SCORES[self.rule], self.keep_ratio, self.scope, self.seed, step)
+        if self.needs_calibration:
+            raise ValueError("grad_square has no masks yet: calibrate() and fix_masks() come before the first step")
+        return _masks_from_bits(matrices, self._fixed if self.rule == "grad_square" else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which parameters a model's Masker looks at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _without_wrappers(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters under the names that they have in the model itself, so that random rules draw alike."""
+    for wrapper in ("module.", "_orig_mod.", "module."):  # DDP, torch.compile, in either order
+        if all(name.startswith(wrapper) for name in parameters):
+            parameters = {name.removeprefix(wrapper): p for name, p in parameters.items()}
+    return parameters
+
+
+def _eligible(
+    parameters: dict[str, nn.Parameter], exclude: Iterable[str], mask_vectors: bool
+) -> dict[str, nn.Parameter]:
+    """The parameters that are masked: matrices, and vectors on request, whose names no pattern excludes."""
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude must be a list of patterns, got the text {exclude!r}")
+    exclude = tuple(exclude)
+    for pattern in exclude:
+        if not fnmatch.filter(parameters, pattern):
+            raise ValueError(f"exclude pattern {pattern!r} matches none of the {len(parameters)} parameters")
+    return {
+        name: p
+        for name, p in parameters.items()
+        if (p.dim() >= 2 or mask_vectors) and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrices, chunks of them, and the parts of them that this process holds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+_AllReduce = Callable[[Tensor], object] | None  # sums over the processes that hold the other parts, in place
+
+
+class _Matrix(NamedTuple):
+    """One matrix, or, under sharding, this process's rows of it (maybe none)."""
+
+    name: str  # of the parameter
+    offset: int  # place of the first of these entries in the whole tensor
+    start: int  # and in the part of the tensor that this process holds
+    numel: int  # entries of the whole matrix
+    grad: Tensor  # (rows, columns)
+    weight: Tensor  # (rows, columns)
+
+
+def _matrices(tensors: dict[str, Tensor], weights: dict[str, nn.Parameter]) -> tuple[list[_Matrix], _AllReduce]:
+    """This process's parts of the tensors (gradients, or of their layout), by matrix; the sum over other parts.
+
+    Raises:
+        ValueError: a tensor is sparse, or laid out in a way that is not supported.
+    """
+    matrices, groups = [], {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        if tensor.layout != torch.strided:
+            raise ValueError(f"the gradient of {name} is sparse: not supported, a mask needs the whole matrix")
+        grad, weight, first_row, group = _local(name, tensor, weights[name].detach())
+        groups[group] = name
+        matrices += _split(name, grad, weight, tensor.shape, first_row)
+    if len(groups) > 1:
+        raise ValueError(f"gradients are sharded in {len(groups)} different ways, e.g. {', '.join(groups.values())}")
+    group = next(iter(groups), None)
+    return matrices, (lambda t: torch.distributed.all_reduce(t, group=group)) if group is not None else None
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _local(name: str, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int, object]:
+    """(gradient, weight, index of the first row, process group of the shards or None) of what this process holds.
+
+    FSDP2 cuts dimension 0 as torch.chunk does, and may hold replicas of the shards on other dimensions of the mesh.
+    """
+    if not hasattr(grad, "to_local"):
+        return grad, weight, 0, None
+    from torch.distributed.tensor import Replicate, Shard
+
+    dims = [i for i, placement in enumerate(grad.placements) if not isinstance(placement, Replicate)]
+    if len(dims) > 1 or any(type(grad.placements[i]) is not Shard or grad.placements[i].dim != 0 for i in dims):
+        raise ValueError(f"the gradient of {name} is laid out as {grad.placements}: only FSDP2's Shard(0) is supported")
+    if not dims:
+        return grad.to_local(), weight.to_local(), 0, None
+    (dim,) = dims
+    rows = -(-grad.shape[0] // grad.device_mesh.size(dim))  # of every process but the last ones
+    first_row = min(rows * grad.device_mesh.get_local_rank(dim), grad.shape[0])
+    return grad.to_local(), weight.to_local(), first_row, grad.device_mesh.get_group(dim)
+
+
+def _split(name: str, grad: Tensor, weight: Tensor, shape: torch.Size, first_row: int) -> Iterator[_Matrix]:
+    """The matrices of a tensor: itself, a vector as a column, each of a stack for more than two dimensions.
+
+    A sharded stack yields all of its matrices on every process, without rows where another process holds them.
+    """
+    if len(shape) <= 2:
+        columns = shape[1] if len(shape) == 2 else 1
+        yield _Matrix(name, first_row * columns, 0, shape.numel(), grad.view(-1, columns), weight.view(-1, columns))
+        return
+    numel, per_row = shape[-2:].numel(), shape[1:-2].numel()
+    nothing = [(grad.new_empty(0, shape[-1]), weight.new_empty(0, shape[-1]))] * per_row
+    for row in range(shape[0]):
+        here = row - first_row
+        is_here = 0 <= here < grad.shape[0]
+        parts = zip(_unstack(grad[here]), _unstack(weight[here]), strict=True) if is_here else nothing
+        for i, (g, w) in enumerate(parts):
+            yield _Matrix(name, (row * per_row + i) * numel, max(0, here * per_row + i) * numel, numel, g, w)
+
+
+def _unstack(tensor: Tensor) -> Iterator[Tensor]:
+    """The 2-D views of a tensor of two or more dimensions."""
+    if tensor.dim() > 2:
+        for part in tensor:
+            yield from _unstack(part)
+    else:
+        yield tensor
+
+
+def _row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(offset of the first entry, some whole rows): views, whatever the strides."""
+    rows = max(1, _CHUNK.get(matrix.device.type, 1 << 18) // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], rows):
+        yield start * matrix.shape[1], matrix[start : start + rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which entries are kept: thresholds of matrices, exactly and in chunks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _is_kept(scores: Tensor, threshold: Tensor) -> Tensor:
+    """bool, shape of scores. A floating-point score of 0 (a gradient of 0) is never kept, even where T is 0."""
+    return magnitude_keys(scores) >= (threshold.clamp(min=1) if scores.is_floating_point() else threshold)
+
+
+_MaskedChunk = tuple[_Matrix, Tensor, Tensor]  # (matrix, a chunk of its gradient as a view, that chunk's mask)
+
+
+def _select(
+    matrices: list[_Matrix],
+    all_reduce: _AllReduce,
+    score: Callable[[Entries], Tensor],
+    keep_ratio: float,
+    scope: str,
+    seed: int,
+    step: int = 0,
+) -> Iterator[_MaskedChunk]:
+    """Choose the entries with the largest scores; yields in the order of `matrices`."""
+    if not matrices:
+        return
+    # one histogram, or one collective, for matrices whose keys have different widths would mix up their digits
+    if (scope == "model" or all_reduce) and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
+        raise ValueError(f"with scope model or shards all gradients must have one dtype, got {dtypes}")
+    units = [matrices] if scope == "model" else [[m] for m in matrices]  # each has one threshold
+    scored = functools.partial(_scored, score=score, seed=seed, step=step)
+    for unit, threshold in _thresholds(units, all_reduce, score, scored, keep_ratio):
+        for m in unit:
+            for g, scores in scored(m):
+                yield m, g, _is_kept(scores, threshold).view_as(g)
+
+
+def _scored(m: _Matrix, score: Callable[[Entries], Tensor], seed: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(a chunk of the gradient, a view; its scores, flat)."""
+    seed = _mix64(_mix64(_mix64(seed) ^ step) ^ zlib.crc32(m.name.encode()))
+    for (offset, g), (_, w) in zip(_row_chunks(m.grad), _row_chunks(m.weight), strict=True):
+        yield g, score(Entries(g.reshape(-1), w.reshape(-1), m.offset + offset, seed))
+
+
+def _thresholds(
+    units: list[list[_Matrix]],
+    all_reduce: _AllReduce,
+    score: Callable[[Entries], Tensor],
+    scored: Callable[[_Matrix], Iterator[tuple[Tensor, Tensor]]],
+    keep_ratio: float,
+) -> Iterator[tuple[list[_Matrix], Tensor]]:
+    """(the matrices that share a threshold, the threshold as a key)."""
+
+    def keys(unit: list[_Matrix]) -> Iterator[Tensor]:
+        for m in unit:
+            for _, scores in scored(m):
+                yield magnitude_keys(scores)
+
+    size = 1 if all_reduce is None else _SHARDED_BUCKET  # together they share a collective
+    for bucket in (units[i : i + size] for i in range(0, len(units), size)):
+        numbers = [sum(m.numel for m in unit) for unit in bucket]
+        ks = [keep_count(n, keep_ratio) for n in numbers]
+        sources = [functools.partial(keys, unit) for unit in bucket]
+        head = bucket[0][0]
+        dtype = magnitude_keys(score(Entries(head.grad[:0].reshape(-1), head.weight[:0].reshape(-1), 0, 0))).dtype
+        if all_reduce is None:
+            found = [_kth_largest_key(sources[0], numbers[0], ks[0], dtype, head.grad.device)]
+        else:
+            found = kth_largest_keys(sources, ks, dtype, head.grad.device, all_reduce)
+        yield from zip(bucket, found, strict=True)
 
 
 def _histogram(keys: Tensor, shift: int, prefix: Tensor | None) -> Tensor:
@@ -180,388 +621,25 @@ def _kth_largest_key(source: Callable[[], Iterable[Tensor]], n: int, k: int, dty
     return kth_largest_keys([source], [k], dtype, device)[0]
 
 
-def _is_kept(scores: Tensor, threshold: Tensor) -> Tensor:
-    """bool, shape of scores. A floating-point score of 0 (a gradient of 0) is never kept, even where T is 0."""
-    return magnitude_keys(scores) >= (threshold.clamp(min=1) if scores.is_floating_point() else threshold)
-
-
-def topk_mask(scores: Tensor, k: int) -> Tensor:
-    """The mask M of one tensor: True where |score| is among the k largest and not 0; ties at the threshold are kept.
-
-    Args:
-        scores: any shape and strides; bf16, fp16, fp32, fp64 without NaN, or integers >= 0.
-        k: how many to keep, 1 <= k <= scores.numel(); an empty tensor gives an empty mask.
-    Returns:
-        bool tensor of the same shape.
-    Raises:
-        ValueError: k is out of range.
-    """
-    if scores.numel() == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if not 1 <= k <= scores.numel():
-        raise ValueError(f"k must be between 1 and the {scores.numel()} entries of the tensor, got {k}")
-
-    def keys() -> Iterator[Tensor]:
-        for matrix in _split("", scores, scores, scores.shape, 0):
-            for _, chunk in _row_chunks(matrix.grad):
-                yield magnitude_keys(chunk.reshape(-1))
-
-    dtype = magnitude_keys(scores.reshape(-1)[:0]).dtype
-    return _is_kept(scores, _kth_largest_key(keys, scores.numel(), k, dtype, scores.device))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The driver: masks the gradients of a model
+# The optimizer's step where M = 1 alone
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Masker:
-    """Masks the gradients of a model in place, once per optimizer step.
-
-    Args:
-        named_parameters: `model.named_parameters()`, taken after the model is wrapped for training (Accelerate's
-            `prepare`, DDP); a tied weight is counted once. Parameters that need no gradient are never touched.
-        rule: a word of rules(). `none` masks nothing, and neither does `hft`, which works by `freeze_half`.
-            `grad_square` needs calibrate() and fix_masks() before its first step.
-        keep_ratio: fraction of entries kept, in (0, 1]; the paper's mask ratio is 1 - keep_ratio.
-        scope: `tensor`, one threshold per matrix (the paper's), or `model`, one over all masked entries.
-        exclude: fnmatch patterns of parameter names that are not masked, e.g. `*embed_tokens*`.
-        mask_vectors: mask tensors of fewer than two dimensions (norms, biases) too.
-        seed: seeds the random rules.
-    Raises:
-        ValueError: an argument has no meaning, or a pattern of `exclude` matches no parameter.
-
-    What "masked" means under AdamW is a choice. `mask_gradients` is `masked_weights: momentum`: the optimizer sees
-    M * G, so the moments of a masked entry decay, and still move its weight. `step` is `masked_weights: frozen`: where
-    M = 0 nothing changes at this step.
-
-    A Masker hooks into nothing: between the calls it does nothing, so that saving and loading go on undisturbed.
-    """
-
-    def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
-        rule: str = "gmt",
-        keep_ratio: float | None = None,
-        *,
-        scope: str = "tensor",
-        exclude: Iterable[str] = (),
-        mask_vectors: bool = False,
-        seed: int = 0,
-    ):
-        if rule not in rules():
-            raise ValueError(f"rule must be one of {', '.join(rules())}; got {rule!r}")
-        if masks_entries(rule) and not (keep_ratio is not None and 0 < keep_ratio <= 1):
-            raise ValueError(f"rule {rule} needs a keep_ratio in (0, 1]; got {keep_ratio}")
-        if not masks_entries(rule) and keep_ratio is not None:
-            raise ValueError(f"keep_ratio has no meaning for rule {rule}; got {keep_ratio}")
-        if scope not in ("tensor", "model"):
-            raise ValueError(f"scope must be tensor or model; got {scope!r}")
-        self.rule, self.keep_ratio, self.scope, self.seed = rule, keep_ratio, scope, seed
-        parameters = dict(named_parameters)
-        for wrapper in ("module.", "_orig_mod.", "module."):  # DDP, torch.compile, in either order
-            if all(name.startswith(wrapper) for name in parameters):
-                parameters = {name.removeprefix(wrapper): p for name, p in parameters.items()}
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude must be a list of patterns, got the text {exclude!r}")
-        exclude = tuple(exclude)
-        for pattern in exclude:
-            if not fnmatch.filter(parameters, pattern):
-                raise ValueError(f"exclude pattern {pattern!r} matches none of the {len(parameters)} parameters")
-        excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)  # noqa: E731
-        self.eligible = {n: p for n, p in parameters.items() if (p.dim() >= 2 or mask_vectors) and not excluded(n)}
-        self.total_entries = sum(p.numel() for p in parameters.values())
-        self._squares: dict[str, Tensor] = {}  # grad_square, while it is calibrated: sums of squared gradients
-        self._fixed: dict[str, Tensor] = {}  # grad_square, from then on: its masks as bits, of this process's part
-        self._last: dict[str, Tensor] = {}  # the masks, as bits, of the last call with jaccard=True
-
-    @torch.no_grad()
-    def mask_gradients(
-        self, step: int, *, stats: bool = False, jaccard: bool = False, check_finite: bool = True
-    ) -> dict[str, Any] | None:
-        """Zero the gradient entries that the rule does not keep. Parameters without a gradient are skipped.
-
-        Gradients that FSDP2 shards (DTensors, Shard(0), also with replicas) get the mask of the whole matrix, from
-        all-reduced counts; every process of the mesh has to make the call.
-
-        Args:
-            step: the optimizer step, from 0: the random rules draw anew at each.
-            stats: return the statistics below; costs two reads of the gradients and one wait for the device.
-            jaccard: with stats, compare the masks with those of the last such call; keeps a bit per entry.
-            check_finite: raise on a non-finite gradient, at the price of one read and one wait for the device. A loop
-                that has tested the gradient norm turns it off.
-        Returns:
-            None, or kept_fraction (of all eligible entries), kept_nonzero_fraction (of those with a gradient other
-            than 0), energy_kept (share of the squared norm of the eligible gradients; None where gradients of frozen
-            weights are not known), mask_jaccard (intersection over union; None at first, absent without jaccard), and
-            tensors: {parameter name: its COUNTS}, from which the same can be had for any group of them.
-        Raises:
-            ValueError: a gradient is not finite (the parameter is named), sparse, or laid out in another way; or
-                grad_square has no masks yet.
-        """
-        return self._mask(step, stats, jaccard, check_finite, {})
-
-    @torch.no_grad()
-    def step(
-        self, optimizer: torch.optim.Optimizer, step: int, *, stats=False, jaccard=False, check_finite=True
-    ) -> dict[str, Any] | None:
-        """`masked_weights: frozen`: mask, and update so that where M = 0 weight, moments and decay stay as they are.
-
-        Call it instead of mask_gradients and optimizer.step(). The optimizer steps one parameter at a time; what it did
-        to masked entries is taken back, at the price of a copy of that parameter's weight and moments, and of a bit per
-        entry. Selected entries get exactly the optimizer's update. Adam counts steps per tensor: its bias correction
-        for an entry that is first selected at a late step is that of the late step, so that such an entry moves by up
-        to (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate. Quantised (uint8) moments share block scales
-        and are not taken back: of 8-bit optimizers only the weights are frozen.
-
-        Args, Returns and Raises: as mask_gradients; the optimizer may be any torch one whose state is tensors of the
-        weight's shape. Parameters that are not eligible are updated as always.
-        """
-        masks: dict[str, Tensor] = {}
-        statistics = self._mask(step, stats, jaccard, check_finite, masks, keep_masks=True)
-        mask_of = {id(self.eligible[name]): bits for name, bits in masks.items()}
-        groups = [(group, group["params"]) for group in optimizer.param_groups]
-        try:
-            for group, _ in groups:
-                group["params"] = []
-            for group, parameters in groups:
-                for p in parameters:
-                    group["params"] = [p]
-                    if id(p) in mask_of:
-                        _step_where(optimizer, p, mask_of[id(p)])
-                    elif p.grad is not None:
-                        optimizer.step()
-                group["params"] = []
-        finally:
-            for group, parameters in groups:
-                group["params"] = parameters
-        return statistics
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether calibrate() and fix_masks() have to come before the first step."""
-        return self.rule == "grad_square" and not self._fixed
-
-    @torch.no_grad()
-    def calibrate(self) -> None:
-        """grad_square: add the squares of the gradients that are there now to their sums. Take no optimizer step.
-
-        The selection of FISH masks (arXiv 2111.09839), but with the squared gradients of whole batches, where Fisher
-        information has those of single examples.
-        """
-        for name, p in self.eligible.items():
-            if p.grad is not None:
-                wide = p.grad if p.grad.dtype == torch.float64 else p.grad.float()
-                self._squares[name] = self._squares.get(name, 0) + wide.square()
-
-    @torch.no_grad()
-    def fix_masks(self) -> None:
-        """grad_square: choose the masks of all steps by the sums, and forget the sums.
-
-        Raises:
-            ValueError: nothing was calibrated, or a sum is not finite.
-        """
-        if not self._squares:
-            raise ValueError("grad_square: there is nothing to choose by; call calibrate() after backward() first")
-        matrices, all_reduce = self._matrices(self._squares)
-        _raise_if_not_finite(matrices, all_reduce)
-        parts = {name: [torch.zeros(0, dtype=torch.bool, device=_here(x).device)] for name, x in self._squares.items()}
-        for m, _, mask in self._select(matrices, all_reduce, 0, score_gmt):
-            parts[m.name].append(mask.flatten())
-        self._fixed = {name: _pack(torch.cat(masks)) for name, masks in parts.items()}
-        self._squares = {}
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: grad_square's masks, per parameter, as bits (uint8, on the CPU); else nothing.
-
-        The masks are those of whole tensors, also under sharding, where every process has to make the call.
-        """
-        state = {}
-        for name, bits in self._fixed.items():
-            p = self.eligible[name].detach()
-            mask = _unpack(bits, 0, _here(p).numel()).view_as(_here(p))
-            if hasattr(p, "to_local"):
-                mask = type(p).from_local(mask, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-                mask = mask.full_tensor()
-            state[name] = _pack(mask.flatten()).cpu()
-        return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over masks of state_dict(), whatever number of processes it was made on.
-
-        Raises:
-            ValueError: they are those of other parameters.
-        """
-        for name, bits in state.items():
-            p = self.eligible.get(name)
-            if p is None or bits.numel() != -(-p.numel() // 8):
-                raise ValueError(f"the masks in the checkpoint do not fit the parameter {name}")
-            _, here, first_row, _ = _local(name, p.detach(), p.detach())
-            first = first_row * (p.numel() // p.shape[0])
-            self._fixed[name] = _pack(_unpack(bits.to(here.device), first, first + here.numel()))
-
-    def _mask(
-        self, step: int, stats: bool, jaccard: bool, check_finite: bool, masks: dict[str, Tensor], keep_masks=False
-    ) -> dict[str, Any] | None:
-        """mask_gradients; with keep_masks the masks, as bits, are put into `masks`."""
-        matrices, all_reduce = self._matrices({n: p.grad for n, p in self.eligible.items() if p.grad is not None})
-        if check_finite and matrices:
-            _raise_if_not_finite(matrices, all_reduce)
-        if self.needs_calibration:
-            raise ValueError("grad_square has no masks yet: calibrate() and fix_masks() come before the first step")
-        counts, overlaps = {}, []
-        selected = self._select(matrices, all_reduce, step, SCORES.get(self.rule))
-        for name, chunks in itertools.groupby(selected, key=lambda chunk: chunk[0].name):
-            parts = []
-            for _, g, mask in chunks:
-                before = _nonzero_and_energy(g) if stats else None
-                if mask is not None:
-                    g.mul_(mask)
-                if stats:
-                    kept = before.new_tensor(g.numel()) if mask is None else mask.sum().double()
-                    counts[name] = counts.get(name, 0) + torch.stack([kept, *before, *_nonzero_and_energy(g)])
-                if keep_masks or jaccard:
-                    parts.append(torch.ones_like(g, dtype=torch.bool) if mask is None else mask)
-            if parts:
-                mask = torch.cat([part.flatten() for part in parts])
-                if jaccard and name in self._last:
-                    last = _unpack(self._last[name], 0, mask.numel())
-                    overlaps.append(torch.stack([(mask & last).sum(), (mask | last).sum()]).double())
-                masks[name] = _pack(mask)
-        if jaccard:
-            self._last = dict(masks)
-        return self._statistics(counts, jaccard, overlaps, all_reduce) if stats else None
-
-    def _matrices(self, tensors: dict[str, Tensor]) -> tuple[list["_Matrix"], Callable[[Tensor], object] | None]:
-        """This process's parts of the tensors (gradients, or of their layout), by matrix; the sum over other parts."""
-        matrices, groups = [], {}
-        for name, tensor in tensors.items():
-            if tensor.numel() == 0:
-                continue
-            if tensor.layout != torch.strided:
-                raise ValueError(f"the gradient of {name} is sparse: not supported, a mask needs the whole matrix")
-            grad, weight, first_row, group = _local(name, tensor, self.eligible[name].detach())
-            groups[group] = name
-            matrices += _split(name, grad, weight, tensor.shape, first_row)
-        if len(groups) > 1:
-            raise ValueError(
-                f"gradients are sharded in {len(groups)} different ways, e.g. {', '.join(groups.values())}"
-            )
-        group = next(iter(groups), None)
-        return matrices, (lambda t: torch.distributed.all_reduce(t, group=group)) if group is not None else None
-
-    def _select(
-        self,
-        matrices: list["_Matrix"],
-        all_reduce: Callable[[Tensor], object] | None,
-        step: int,
-        score: Callable[[Entries], Tensor] | None,
-    ) -> Iterator[tuple["_Matrix", Tensor, Tensor | None]]:
-        """(matrix, a chunk of its gradient as a view, the chunk's mask), in order; no mask where nothing is masked."""
-        if score:
-            for unit, threshold in self._thresholds(matrices, all_reduce, step, score):
-                for m in unit:
-                    for g, scores in self._scored(m, step, score):
-                        yield m, g, _is_kept(scores, threshold).view_as(g)
-            return
-        for m in matrices:
-            for offset, g in _row_chunks(m.grad):
-                if self.rule != "grad_square":
-                    yield m, g, None
-                elif (bits := self._fixed.get(m.name)) is None:  # no gradient in the calibration: nothing is chosen
-                    yield m, g, torch.zeros_like(g, dtype=torch.bool)
-                else:
-                    yield m, g, _unpack(bits, m.start + offset, m.start + offset + g.numel()).view_as(g)
-
-    def _thresholds(
-        self,
-        matrices: list["_Matrix"],
-        all_reduce: Callable[[Tensor], object] | None,
-        step: int,
-        score: Callable[[Entries], Tensor],
-    ) -> Iterator[tuple[list["_Matrix"], Tensor]]:
-        """(the matrices that share a threshold, the threshold as a key)."""
-        if not matrices:
-            return
-        # one histogram, or one collective, for matrices whose keys have different widths would mix up their digits
-        if (self.scope == "model" or all_reduce) and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
-            raise ValueError(f"with scope model or shards all gradients must have one dtype, got {dtypes}")
-        units = [matrices] if self.scope == "model" else [[m] for m in matrices]
-        size = 1 if all_reduce is None else _SHARDED_BUCKET  # together they share a collective
-        for bucket in (units[i : i + size] for i in range(0, len(units), size)):
-            numbers = [sum(m.numel for m in unit) for unit in bucket]
-            ks = [keep_count(n, self.keep_ratio) for n in numbers]
-            sources = [functools.partial(self._keys, unit, step, score) for unit in bucket]
-            first = bucket[0][0]
-            empty = Entries(first.grad[:0].reshape(-1), first.weight[:0].reshape(-1), 0, 0)
-            dtype = magnitude_keys(score(empty)).dtype
-            if all_reduce is None:
-                found = [_kth_largest_key(sources[0], numbers[0], ks[0], dtype, first.grad.device)]
-            else:
-                found = kth_largest_keys(sources, ks, dtype, first.grad.device, all_reduce)
-            yield from zip(bucket, found, strict=True)
-
-    def _scored(self, m: "_Matrix", step: int, score: Callable[[Entries], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(a chunk of the gradient, a view; its scores, flat)."""
-        seed = _mix64(_mix64(_mix64(self.seed) ^ step) ^ zlib.crc32(m.name.encode()))
-        for (offset, g), (_, w) in zip(_row_chunks(m.grad), _row_chunks(m.weight), strict=True):
-            yield g, score(Entries(g.reshape(-1), w.reshape(-1), m.offset + offset, seed))
-
-    def _keys(self, unit: list["_Matrix"], step: int, score: Callable[[Entries], Tensor]) -> Iterator[Tensor]:
-        for matrix in unit:
-            for _, scores in self._scored(matrix, step, score):
-                yield magnitude_keys(scores)
-
-    def _statistics(self, counts: dict[str, Tensor], jaccard: bool, overlaps: list[Tensor], all_reduce) -> dict:
-        """mask_gradients' return value, of the whole tensors: one all_reduce, one wait for the device."""
-        device = next((t.device for t in counts.values()), "cpu")
-        none = torch.zeros(len(COUNTS) - 1, dtype=torch.float64, device=device)
-        table = torch.stack([*(counts.get(name, none) for name in self.eligible), none])
-        table[-1, :2] = torch.stack(overlaps).sum(0) if overlaps else 0
-        if all_reduce:
-            all_reduce(table)
-        *rows, (intersection, union, *_) = table.tolist()
-        tensors = {
-            name: dict(zip(COUNTS, [p.numel(), *row], strict=True))
-            for (name, p), row in zip(self.eligible.items(), rows, strict=True)
-        }
-        entries, kept, nonzero, energy, nonzero_kept, energy_kept = (
-            sum(t[key] for t in tensors.values()) for key in COUNTS
-        )
-        some_frozen = any(not p.requires_grad for p in self.eligible.values())
-        statistics = {
-            "kept_fraction": kept / max(entries, 1),
-            "kept_nonzero_fraction": nonzero_kept / max(nonzero, 1),
-            "energy_kept": None if some_frozen else energy_kept / energy if energy else 1.0,
-            "tensors": tensors,
-        }
-        if jaccard:
-            statistics["mask_jaccard"] = intersection / union if union else None
-        return statistics
-
-    def summary(self) -> str:
-        """What is masked, for people: eligible tensors grouped by shape, and their share of all parameters."""
-        by_shape: dict[tuple, list[str]] = defaultdict(list)
-        for name, p in self.eligible.items():
-            by_shape[tuple(p.shape)].append(name)
-        share = sum(p.numel() for p in self.eligible.values()) / max(self.total_entries, 1)
-        kept = f", keep_ratio {self.keep_ratio}, scope {self.scope}" if masks_entries(self.rule) else ""
-        lines = [f"rule {self.rule}{kept}: {len(self.eligible)} tensors, {share:.1%} of all parameters, are maskable"]
-        for shape, names in by_shape.items():
-            frozen = sum(not self.eligible[n].requires_grad for n in names)
-            kinds = sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names})
-            lines.append(
-                f"  {len(names):4d} x {'x'.join(map(str, shape)):<14} {', '.join(kinds)}"
-                + (f"  ({frozen} frozen)" if frozen else "")
-            )
-        return "\n".join(lines)
-
-
-def _here(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _one_by_one(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """The optimizer's parameters; while one is given out, the optimizer holds it alone."""
+    groups = [(group, group["params"]) for group in optimizer.param_groups]
+    try:
+        for group, _ in groups:
+            group["params"] = []
+        for group, parameters in groups:
+            for p in parameters:
+                group["params"] = [p]
+                yield p
+            group["params"] = []
+    finally:
+        for group, parameters in groups:
+            group["params"] = parameters
 
 
 def _step_where(optimizer: torch.optim.Optimizer, p: nn.Parameter, mask: Tensor) -> None:
@@ -581,77 +659,9 @@ def _step_where(optimizer: torch.optim.Optimizer, p: nn.Parameter, mask: Tensor)
         t.copy_(torch.where(keep, t, before.get(name, torch.zeros_like(t))))  # before the first step moments are 0
 
 
-class _Matrix(NamedTuple):
-    """One matrix, or, under sharding, this process's rows of it (maybe none)."""
-
-    name: str  # of the parameter
-    offset: int  # place of the first of these entries in the whole tensor
-    start: int  # and in the part of the tensor that this process holds
-    numel: int  # entries of the whole matrix
-    grad: Tensor  # (rows, columns)
-    weight: Tensor  # (rows, columns)
-
-
-def _local(name: str, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int, object]:
-    """(gradient, weight, index of the first row, process group of the shards or None) of what this process holds.
-
-    FSDP2 cuts dimension 0 as torch.chunk does, and may hold replicas of the shards on other dimensions of the mesh.
-    """
-    if not hasattr(grad, "to_local"):
-        return grad, weight, 0, None
-    from torch.distributed.tensor import Replicate, Shard
-
-    dims = [i for i, placement in enumerate(grad.placements) if not isinstance(placement, Replicate)]
-    if len(dims) > 1 or any(type(grad.placements[i]) is not Shard or grad.placements[i].dim != 0 for i in dims):
-        raise ValueError(f"the gradient of {name} is laid out as {grad.placements}: only FSDP2's Shard(0) is supported")
-    if not dims:
-        return grad.to_local(), weight.to_local(), 0, None
-    (dim,) = dims
-    rows = -(-grad.shape[0] // grad.device_mesh.size(dim))  # of every process but the last ones
-    first_row = min(rows * grad.device_mesh.get_local_rank(dim), grad.shape[0])
-    return grad.to_local(), weight.to_local(), first_row, grad.device_mesh.get_group(dim)
-
-
-def _split(name: str, grad: Tensor, weight: Tensor, shape: torch.Size, first_row: int) -> Iterator[_Matrix]:
-    """The matrices of a tensor: itself, a vector as a column, each of a stack for more than two dimensions.
-
-    A sharded stack yields all of its matrices on every process, without rows where another process holds them.
-    """
-    if len(shape) <= 2:
-        columns = shape[1] if len(shape) == 2 else 1
-        yield _Matrix(name, first_row * columns, 0, shape.numel(), grad.view(-1, columns), weight.view(-1, columns))
-        return
-    numel, per_row = shape[-2:].numel(), shape[1:-2].numel()
-    nothing = [(grad.new_empty(0, shape[-1]), weight.new_empty(0, shape[-1]))] * per_row
-    for row in range(shape[0]):
-        here = row - first_row
-        is_here = 0 <= here < grad.shape[0]
-        parts = zip(_unstack(grad[here]), _unstack(weight[here]), strict=True) if is_here else nothing
-        for i, (g, w) in enumerate(parts):
-            yield _Matrix(name, (row * per_row + i) * numel, max(0, here * per_row + i) * numel, numel, g, w)
-
-
-def _unstack(tensor: Tensor) -> Iterator[Tensor]:
-    """The 2-D views of a tensor of two or more dimensions."""
-    if tensor.dim() > 2:
-        for part in tensor:
-            yield from _unstack(part)
-    else:
-        yield tensor
-
-
-def _row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(offset of the first entry, some whole rows): views, whatever the strides."""
-    rows = max(1, _CHUNK.get(matrix.device.type, 1 << 18) // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], rows):
-        yield start * matrix.shape[1], matrix[start : start + rows]
-
-
-def _nonzero_and_energy(grad: Tensor) -> Tensor:
-    """(2,) fp64: number of entries other than 0, and sum of squares."""
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(grad, dtype=wide).double()
-    return torch.stack([grad.count_nonzero().double(), norm.square()])
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks as bits
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _pack(mask: Tensor) -> Tensor:
@@ -667,7 +677,86 @@ def _unpack(bits: Tensor, start: int, stop: int) -> Tensor:
     return flat[start % 8 : start % 8 + stop - start]
 
 
-def _raise_if_not_finite(matrices: list[_Matrix], all_reduce: Callable[[Tensor], object] | None) -> None:
+def _masks_from_bits(matrices: list[_Matrix], bits: dict[str, Tensor] | None) -> Iterator[_MaskedChunk]:
+    """Masks that are held as bits; without bits all is kept; of a parameter that has none in `bits`, nothing is."""
+    for m in matrices:
+        held = None if bits is None else bits.get(m.name)
+        for offset, g in _row_chunks(m.grad):
+            if held is None:
+                yield m, g, torch.full_like(g, bits is None, dtype=torch.bool)
+            else:
+                yield m, g, _unpack(held, m.start + offset, m.start + offset + g.numel()).view_as(g)
+
+
+def _gathered_bits(bits: Tensor, p: Tensor) -> Tensor:
+    """The mask of the whole tensor `p`, as bits on the CPU, from those of this process's part of it."""
+    mask = _unpack(bits, 0, _here(p).numel()).view_as(_here(p))
+    if hasattr(p, "to_local"):
+        mask = type(p).from_local(mask, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+    return _pack(mask.flatten()).cpu()
+
+
+def _bits_of_this_process(bits: Tensor, p: Tensor) -> Tensor:
+    """The mask of this process's part of `p`, as bits, from those of the whole tensor."""
+    _, here, first_row, _ = _local("", p, p)
+    first = first_row * (p.numel() // p.shape[0])
+    return _pack(_unpack(bits.to(here.device), first, first + here.numel()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics and checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _nonzero_and_energy(grad: Tensor) -> Tensor:
+    """(2,) fp64: number of entries other than 0, and sum of squares."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(grad, dtype=wide).double()
+    return torch.stack([grad.count_nonzero().double(), norm.square()])
+
+
+def _overlap(bits: dict[str, Tensor], last: dict[str, Tensor]) -> Tensor | None:
+    """(2,) fp64: entries that are in both of two masks, and in either; None where there is nothing to compare."""
+    both = [(bits[name], last[name]) for name in bits if name in last]
+    counts = [torch.stack([_unpack(x, 0, 8 * x.numel()).sum() for x in (a & b, a | b)]) for a, b in both]
+    return torch.stack(counts).sum(0).double() if counts else None
+
+
+def _statistics(
+    eligible: dict[str, nn.Parameter],
+    counts: dict[str, Tensor],
+    overlap: Tensor | None,
+    jaccard: bool,
+    all_reduce: _AllReduce,
+) -> dict[str, Any]:
+    """mask_gradients' return value, of the whole tensors: one all_reduce, one wait for the device."""
+    device = next((t.device for t in counts.values()), "cpu")
+    none = torch.zeros(len(COUNTS) - 1, dtype=torch.float64, device=device)
+    table = torch.stack([*(counts.get(name, none) for name in eligible), none])
+    table[-1, :2] = 0 if overlap is None else overlap
+    if all_reduce:
+        all_reduce(table)
+    *rows, (intersection, union, *_) = table.tolist()
+    tensors = {
+        name: dict(zip(COUNTS, [p.numel(), *row], strict=True))
+        for (name, p), row in zip(eligible.items(), rows, strict=True)
+    }
+    entries, kept, nonzero, energy, nonzero_kept, energy_kept = (
+        sum(t[key] for t in tensors.values()) for key in COUNTS
+    )
+    some_frozen = any(not p.requires_grad for p in eligible.values())
+    statistics = {
+        "kept_fraction": kept / max(entries, 1),
+        "kept_nonzero_fraction": nonzero_kept / max(nonzero, 1),
+        "energy_kept": None if some_frozen else energy_kept / energy if energy else 1.0,
+        "tensors": tensors,
+    }
+    if jaccard:
+        statistics["mask_jaccard"] = intersection / union if union else None
+    return statistics
+
+
+def _raise_if_not_finite(matrices: list[_Matrix], all_reduce: _AllReduce) -> None:
     norms = [torch.linalg.vector_norm(m.grad, ord=float("inf")) if m.grad.numel() else None for m in matrices]
     is_bad = torch.stack(  # a NaN stays one in this norm
         [
