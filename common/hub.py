@@ -1,9 +1,25 @@
 """What comes from a local folder or from the Hugging Face Hub."""
 
 import os
+import re
+from collections.abc import Collection
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+
 from common.config import UserError
+
+# Modules that wrap a model or one of its layers, and so enter the names of its weights: torch.compile,
+# DistributedDataParallel, FSDP1, activation checkpointing, Lightning and DeepSpeed, PEFT.
+WRAPPERS = (
+    "_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "base_model.model"
+)  # fmt: skip
+_WRAPPER = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(map(re.escape, WRAPPERS))})\.")
+
+# Causal masks and frequencies, which older versions of transformers saved with the weights.
+_OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$")
 
 
 def is_local(source: str) -> bool:
@@ -12,13 +28,116 @@ def is_local(source: str) -> bool:
 
 
 def from_pretrained(auto_class: Any, source: str, what: str, **kwargs) -> Any:
-    """auto_class.from_pretrained(source, **kwargs).
+    """auto_class.from_pretrained(source, **kwargs), of a tokenizer or a configuration; for weights see load_weights.
 
     Raises:
         UserError: it cannot be loaded, for whatever reason.
     """
     try:
+        if auto_class is AutoConfig:
+            _refuse_adapter(source, what)
         return auto_class.from_pretrained(source, **kwargs)
+    except UserError:
+        raise
     except Exception as e:  # transformers, the Hub, safetensors and the file system each raise their own
+        _refuse_adapter(source, what)
         hint = "" if is_local(source) else f" (to have it offline, run where there is a network: hf download {source})"
         raise UserError(f"{what} {source} cannot be loaded: {' '.join(str(e).split())[:300]}{hint}") from e
+
+
+def load_weights(
+    source: str, what: str = "model", *, dtype: torch.dtype | None = None, attention: str | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """A causal language model with the weights of a folder or Hub id. All of the project's loads of weights come here.
+
+    transformers fills tensors that it does not find with random numbers, leaves out those that it does not know, and
+    goes on. Here the tensors of the file are those of the model, one for one, but for those that the model's class
+    declares optional, and for tied ones, of which one is enough.
+
+    Args:
+        source: folder or Hub id.
+        what: the word for it in messages.
+        dtype: of the weights; None: as they are stored.
+        attention: transformers' attn_implementation; None: its default.
+        device: None: the CPU; "meta": compare names and shapes alone, without memory.
+    Raises:
+        UserError: it cannot be loaded; tensors are missing, of other shapes or unexpected; it is a PEFT adapter;
+            generation_config.json is damaged.
+    """
+    options = {"dtype": dtype or "auto", "attn_implementation": attention, "device_map": device}
+    _refuse_adapter(source, what)
+    _check_generation_config(source, what)
+    model, report = from_pretrained(
+        AutoModelForCausalLM,
+        source,
+        what,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    missing = report["missing_keys"]
+    unexpected = {name for name in report["unexpected_keys"] if not _OLD_BUFFERS.search(name)}
+    problems = [
+        f"{len(names)} {kind}: {_first_few(names)}"
+        for kind, names in (
+            ("missing in the file", missing),
+            ("unknown to the model", unexpected),
+            (
+                "of another shape",
+                [f"{n} is {list(file)}, expected {list(own)}" for n, file, own in report["mismatched_keys"]],
+            ),
+        )
+        if names
+    ]
+    if not problems:
+        return model
+    if any(".lora_" in name or ".base_layer." in name for name in unexpected):
+        advice = "these are an adapter's: merge it into its base first (PEFT's merge_and_unload), then save"
+    elif wrapper := _wrapper_alone(model, missing, unexpected):
+        advice = (
+            f"the names hold the prefix {wrapper!r} of a wrapper: save the model inside it (accelerate's "
+            "unwrap_model, torch.compile's _orig_mod, DDP's module, PEFT's merge_and_unload) with save_pretrained"
+        )
+    else:
+        advice = f"they do not fit its config.json ({model.config.model_type}): save model and config together"
+    raise UserError(f"{what} {source}: the weights are not those of the model: {'; '.join(problems)}; {advice}")
+
+
+def _first_few(names: Collection[str], most: int = 3) -> str:
+    return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")
+
+
+def _wrapper_alone(model: PreTrainedModel, missing: Collection[str], unexpected: Collection[str]) -> str:
+    """The wrapper's prefix without which the unexpected names would be the missing ones; "" if there is none."""
+    inside = {_WRAPPER.sub("", name) for name in unexpected}
+    inside |= {tied for tied, source in model.all_tied_weights_keys.items() if source in inside}
+    found = {word for name in unexpected for word in _WRAPPER.findall(name)}
+    return min(found) if found and set(missing) <= inside else ""
+
+
+def _refuse_adapter(source: str, what: str) -> None:
+    """Raise UserError where a folder or cached repository is a PEFT adapter, not a model."""
+    if _cached(source, "adapter_config.json"):
+        raise UserError(f"{what} {source}: this is an adapter; merge it into its base first (PEFT's merge_and_unload)")
+
+
+def _check_generation_config(source: str, what: str) -> None:
+    """Raise UserError where generation_config.json is damaged: transformers would go on without it."""
+    if path := _cached(source, "generation_config.json"):
+        try:
+            GenerationConfig.from_pretrained(os.path.dirname(path))
+        except Exception as e:
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(f"{what} {source}: generation_config.json cannot be read: {reason}") from None
+
+
+def _cached(source: str, name: str) -> str | None:
+    """The path of a file of a local folder or of a Hub repository, None where it is not there."""
+    if is_local(source):
+        path = os.path.join(source, name)
+        return path if os.path.isfile(path) else None
+    try:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except Exception:  # no network, no such repository: loading it says so
+        return None

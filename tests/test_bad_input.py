@@ -7,15 +7,19 @@ Most cases call main() in this process and look at the UserError; the last tests
 import gzip
 import json
 import resource
+import shutil
 
 import pytest
 import torch
 from conftest import make_model, python, write_rows
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import eval as evaluation
 import train
 from common import run_folder
 from common.config import EvalConfig, TrainConfig, UserError, parse
+from common.hub import from_pretrained, load_weights
 
 GOOD = '{"query": "q", "response": "r"}\n'
 
@@ -241,6 +245,79 @@ def test_overlong_examples_are_reported(run, capsys):
     out = capsys.readouterr().out
     cut = int(out.split(" cut to max_length 210")[0].rsplit("(", 1)[1])
     assert 0 < cut < 70
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def renamed(model_dir, tmp_path_factory):
+    """Copy the tiny model, with other names for its tensors (None: without it), and changes to its config.json."""
+
+    def copy(rename=lambda name: name, more=None, source=model_dir, **config):
+        folder = tmp_path_factory.mktemp("renamed") / "model"
+        shutil.copytree(source, folder)
+        weights = {rename(name): t for name, t in load_file(folder / "model.safetensors").items()}
+        weights.pop(None, None)
+        save_file({**weights, **(more or {})}, folder / "model.safetensors", {"format": "pt"})
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("rename", "change", "message"),
+    [
+        (lambda n: f"_orig_mod.{n}", {}, "21 missing .* 21 unknown .* the prefix '_orig_mod.' of a wrapper: save"),
+        (lambda n: f"module.{n}", {}, "the prefix 'module.' of a wrapper"),
+        (lambda n: f"base_model.model.{n}", {}, "the prefix 'base_model.model.' of a wrapper"),
+        (lambda n: f"module._orig_mod.{n}", {}, "the prefix '(_orig_mod|module).' of a wrapper"),
+        (lambda n: n.replace(".0.", ".0._checkpoint_wrapped_module."), {}, "prefix '_checkpoint_wrapped_module.'"),
+        (
+            lambda n: f"base_model.model.{n}".replace("q_proj", "q_proj.base_layer"),
+            {},
+            "an adapter's: merge it into its base",
+        ),
+        (lambda n: n if n != "lm_head.weight" else None, {}, "1 missing in the file: lm_head.weight; they do not fit"),
+        (lambda n: n if ".1." not in n else None, {}, "9 missing in the file: model.layers.1.input_layernorm.weight, "),
+        (lambda n: n, {"num_hidden_layers": 3}, "9 missing in the file: model.layers.2"),
+        (lambda n: n, {"num_hidden_layers": 1}, "9 unknown to the model: model.layers.1"),
+        (lambda n: n, {"vocab_size": 300}, r"2 of another shape: lm_head.weight is \[259, 32\], expected \[300, 32\]"),
+        (lambda n: n.replace("lm_head", "score"), {}, "1 missing .*: lm_head.weight; 1 unknown .*: score.weight"),
+    ],
+)
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_weights_of_another_model_are_refused(renamed, rename, change, message, device):
+    with pytest.raises(UserError, match=message):
+        load_weights(str(renamed(rename, **change)), device=device)
+
+
+def test_tied_heads_optional_tensors_and_old_masks_are_fine(renamed, model_dir, tmp_path):
+    assert load_weights(str(model_dir), dtype=torch.bfloat16).dtype == torch.bfloat16
+    masks = {"model.layers.0.attn.masked_bias": torch.ones(1), "model.layers.0.rotary_emb.inv_freq": torch.ones(4)}
+    load_weights(str(renamed(more=masks)))
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    load_weights(str(tied))
+    with pytest.raises(UserError, match="the prefix 'module.' of a wrapper"):  # the head is not in the file
+        load_weights(str(renamed(lambda n: f"module.{n}", source=tied)))
+    with pytest.raises(UserError, match="embed_tokens"):
+        load_weights(str(renamed(lambda n: n if "embed" not in n else None, source=tied)))
+
+
+def test_adapters_and_damaged_generation_configs(renamed):
+    adapter = renamed()
+    (adapter / "adapter_config.json").write_text("{}")
+    for load in (load_weights, lambda source: from_pretrained(AutoConfig, source, "model")):
+        with pytest.raises(UserError, match="this is an adapter; merge it into its base first"):
+            load(str(adapter))
+    damaged = renamed()
+    for text in ("{", "[1]"):
+        (damaged / "generation_config.json").write_text(text)
+        with pytest.raises(UserError, match="generation_config.json cannot be read"):
+            load_weights(str(damaged))
 
 
 # --- output folder ---------------------------------------------------------------------------------------------------
