@@ -8,4 +8,4 @@ ruff format --check -q . || { echo "run: ruff format ." >&2; exit 1; }
 # Two tests at a time. Threads that wait for others sleep: spinning, those of one process would keep the other's from the
 # cores, and make both some 40 times slower.
 export OMP_WAIT_POLICY=passive
-exec python -m pytest -q -rs -n 2 --dist worksteal "$@"
+exec python -m pytest -q -rs --durations=10 -n 2 --dist worksteal "$@"

@@ -16,7 +16,7 @@ class Source:
     """The data of one task. A task's `load` asks it for rows and files; it notes what was read.
 
     Attributes:
-        folder: local copies, laid out as the README says; empty: the Hub.
+        folder: local copies, laid out as docs/evaluation.md says; empty: the Hub.
         file: a file that stands for the task's items (--tasks NAME=FILE), or empty.
         published: take the subset of items that published numbers were measured on, where the protocol has one.
         languages: of TyDiQA; none: all.

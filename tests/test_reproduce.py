@@ -392,7 +392,7 @@ def test_general_whole(tmp_path):
         }
 
 
-# --- what the README says of the real runs ----------------------------------------------------------------------------
+# --- what docs/reproduce.md says of the real runs --------------------------------------------------------------------
 
 SIZES = {  # rows, of the data cards
     "meta-math/MetaMathQA": 395_000,
@@ -437,15 +437,15 @@ def plans() -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_the_readmes_table_of_plans(plans):
-    readme = (ROOT / "README.md").read_text()
+def test_the_documents_table_of_plans(plans):
+    page = (ROOT / "docs" / "reproduce.md").read_text()
     for name, p in plans.items():
         row = (
             f"| {name} | {p['rows']:,} | {p['steps']:,} | {p['memory']:.0f} GiB | {p['hours']:.0f} | "
             f"{p['final']:.0f} GiB | {p['checkpoint']:.0f} GiB |"
         )
         print(row)
-        assert row in readme
+        assert row in page
     for script, names in SCRIPTS.items():
         # all finals of the first model; of the second those that are there at its last training, and checkpoints
         first, second = (plans[name] for name in names[:2])
@@ -453,4 +453,4 @@ def test_the_readmes_table_of_plans(plans):
         trained_last = models - 1 if len(names) > 2 else models - 2  # drop comes after gmt, but before DPO
         most = models * first["final"] + (trained_last + 1) * second["final"] + second["kept"] * second["checkpoint"]
         print(script, most)
-        assert f"{script} {most:,.0f} GiB" in readme.replace("`", "").replace("\n", " ")
+        assert f"{script} {most:,.0f} GiB" in page.replace("`", "").replace("\n", " ")

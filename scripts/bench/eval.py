@@ -74,7 +74,7 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    words = Path(__file__).parents[1].joinpath("README.md").read_text().split()
+    words = Path(__file__).parents[2].joinpath("README.md").read_text().split()
     prompts = [" ".join(words[7 * i : 7 * i + 10 + 13 * i % 60]) for i in range(args.items)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -6,7 +6,7 @@
 #   NPROC, ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml    processes (all GPUs of the machine), and how they are used
 #   OUT=outputs/reproduce_...   the results: OUT/MODEL/RULE_seedS/{final,eval}, OUT/MODEL/{base,drop_seedS},
 #                           OUT/MODEL/{report.md,report.csv,loss.png}; logs in OUT/logs
-#   DATA_DIR                local copies of the benchmarks (README: "Items come from"); empty: the Hub
+#   DATA_DIR                local copies of the benchmarks (laid out as in docs/evaluation.md); empty: the Hub
 #   HUB_DIR                 what scripts/download.py has fetched: its models and datasets (of benchmarks it prints what to set);
 #                           empty: the Hub
 #   TASKS, EVAL_ARGS        what is scored; more words for eval.py, e.g. EVAL_ARGS="--limit 100"
@@ -106,7 +106,7 @@ fetch_bbh() { # the Hub has BBH's questions, and not its prompts
     [ ! -f "$OUT/bbh/bbh/cot-prompts/word_sorting.txt" ] || return 0
     rm -rf "$OUT/bbh"
     git clone -q --depth 1 https://github.com/suzgunmirac/BIG-Bench-Hard "$OUT/bbh/bbh" ||
-        refuse "BBH's prompts could not be fetched: set DATA_DIR to a folder of all benchmarks (README: 'Items come from'), or TASKS without bbh"
+        refuse "BBH's prompts could not be fetched: set DATA_DIR to a folder of all benchmarks (docs/evaluation.md), or TASKS without bbh"
 }
 
 plan() { # plan RUN ARGS...: one more training for the stage plan, in the array `planned`

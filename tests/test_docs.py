@@ -1,4 +1,4 @@
-"""The README's code and commands run, and its tables are the programs' own: pytest tests/test_readme.py"""
+"""The documents' code and commands run, and their tables are the programs' own: pytest tests/test_docs.py"""
 
 import gzip
 import json
@@ -17,16 +17,31 @@ import gmt
 import tasks
 import train
 from common.config import EvalConfig, TrainConfig, parse, reference
-from tasks import TASKS
+from scripts.drop import DropConfig
+from tasks import TASKS, math_rules
 
-README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for pattern in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
+    for path in sorted(ROOT.glob(pattern))
+}
+ALL = "\n\n".join(PAGES.values())
 
 
-def test_configuration_tables_are_generated():
-    """On a failure: python train.py --help, python eval.py --help."""
-    assert reference(TrainConfig) in README
-    assert reference(EvalConfig) in README
+def python_with(word: str) -> str:
+    """The one Python example of the documents that has this word in it."""
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", ALL, re.DOTALL) if word in b]
+    return block
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, EvalConfig, DropConfig])
+def test_configuration_tables_are_generated(cls):
+    """On a failure: python train.py --help, python eval.py --help, python scripts/drop.py --help."""
+    assert f"\n\n{reference(cls)}\n" in PAGES["docs/configuration.md"]
 
 
 class Output(nn.Module):
@@ -50,14 +65,16 @@ def test_three_lines_in_a_loop_of_ones_own():
         before.copy_(model.linear.weight.detach())
 
     optimizer.register_step_post_hook(count)
-    exec(PYTHON[0], {"torch": torch, "model": model, "batches": batches, "optimizer": optimizer})
+    names = {"torch": torch, "model": model, "batches": batches, "optimizer": optimizer}
+    exec(python_with("# 3: once per optimizer step"), names)
     assert changed == [6, 6, 6]  # 20 % of 30 entries, at every step
 
 
 def test_a_rule_of_ones_own(monkeypatch):
     monkeypatch.setattr(gmt, "SCORES", dict(gmt.SCORES))
-    assert len(PYTHON[1].strip().splitlines()) < 15
-    exec(PYTHON[1], {"torch": torch, "gmt": gmt})
+    block = python_with("weight_times_gradient")
+    assert len(block.strip().splitlines()) < 15
+    exec(block, {"torch": torch, "gmt": gmt})
     p = nn.Parameter(torch.randn(30, 40))
     p.grad = torch.randn(30, 40)
     score = (p * p.grad).abs().detach()
@@ -69,8 +86,7 @@ def test_a_rule_of_ones_own(monkeypatch):
 def test_a_benchmark_of_ones_own(monkeypatch, tmp_path, model_dir):
     monkeypatch.setattr("tasks.TASKS", dict(TASKS))
     monkeypatch.setattr(evaluation, "TASKS", tasks.TASKS)
-    (block,) = [text for text in PYTHON if "load_capitals" in text]
-    exec(block, {})
+    exec(python_with("load_capitals"), {})
     items = [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}]
     file = write_rows(tmp_path / "capitals.jsonl", items)
     words = ["--model", str(model_dir), "--dtype", "float32", "--output_dir", str(tmp_path / "e")]
@@ -87,10 +103,20 @@ def test_a_benchmark_of_ones_own(monkeypatch, tmp_path, model_dir):
 
 
 def test_the_table_of_tasks_is_complete():
-    table = README[README.index("Words of `--tasks`") : README.index("`--tasks general` is")]
-    for task in TASKS.values():
-        if task.protocol in ("metamath", "open_instruct") and task.samples == 1:
-            assert task.name in table, task.name
+    words = re.findall(r"^\| ([\w, ]+?)(?: \(group.*?)? \| [\d, ]+ \| \w+: ", PAGES["docs/evaluation.md"], re.MULTILINE)
+    assert {word for row in words for word in row.split(", ")} == set(TASKS)
+
+
+def test_quirks_that_are_kept():
+    """The table's examples, by the rules themselves."""
+    read = {
+        "MetaMath's number": lambda text: str(math_rules.metamath_number(math_rules.PHRASE + text)),
+        "open_instruct's exact match": lambda text: text.translate(math_rules._NO_PUNCTUATION),
+    }
+    rows = re.findall(r"^\| ([\w' ]+) \| `(\S+)` \| `(\S+)` \|", PAGES["docs/evaluation.md"], re.MULTILINE)
+    assert len(rows) >= 6
+    for rule, answer, number in rows:
+        assert read[rule](answer) == number, (rule, answer)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
@@ -100,11 +126,40 @@ def test_every_configuration_is_valid(path):
     parse(cls, ["--config", str(path), *more])
 
 
-def test_files_that_the_readme_names_exist():
-    names = re.findall(r"(?:configs|scripts|docs)/[\w/.]+\w", README)
-    assert len(names) > 5
+def anchors(text: str) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_files_that_the_documents_name_exist():
+    names = re.findall(r"(?<![\w/])(?:configs|scripts|docs|common|tasks|tests)/[\w/.]+\w", ALL)
+    assert len(names) > 20
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+def test_linters_have_one_version():
+    ruff = re.search(r"^ruff==(.*)$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)[1]
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert hooks["rev"] == f"v{ruff}"
+
+
+def test_the_workflow_runs_what_ci_runs():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    commands = [step.get("run") for job in jobs.values() for step in job["steps"]]
+    assert "bash .ci/run" in commands
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -132,8 +187,8 @@ def test_commands_are_found():
     assert commands_of(text) == ["python e.py --y", 'X=1 Y="2 3" bash d.sh', "bash a.sh", "python b.py --x"]
 
 
-COMMANDS = commands_of(README)
-# The beginning of a command: the test that runs it, or the script that tests run. Only what the README names counts.
+COMMANDS = commands_of(ALL)
+# The beginning of a command: the test that runs it, or the script that tests run. Only what a document names counts.
 RUN_BY = {
     "bash scripts/quickstart.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
     "bash scripts/quickstart_dpo.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
@@ -148,7 +203,7 @@ RUN_BY = {
     "pip install -r requirements.txt": "scripts/setup.sh",
     "sbatch scripts/slurm.sh": "tests/test_slurm.py::test_a_signal_reaches_the_training_processes",
     "python scripts/download.py": "tests/test_download.py::test_a_run_goes_without_the_hub",
-    "python scripts/bench_": "tests/test_bench.py::test_it_measures",
+    "python scripts/bench/": "tests/test_bench.py::test_it_measures",
     "bash scripts/study.sh": "tests/test_study.py::test_a_tiny_study_runs_whole",
     "python scripts/report.py results": "tests/test_study.py::test_the_report_finds_what_is_there",
     "torchrun --nproc_per_node": "tests/test_distributed.py::test_whole_runs_agree_on_1_2_and_3_processes_in_fp64",
@@ -167,7 +222,7 @@ def run_by(command: str) -> str:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if run_by(c) or not re.match(HERE, c)])
 def test_a_command_is_run_somewhere(command):
-    assert run_by(command), f"README names {command!r}: say in RUN_BY which test runs it"
+    assert run_by(command), f"a document names {command!r}: say in RUN_BY which test runs it"
     file, _, test = run_by(command).partition("::")
     text = (ROOT / file).read_text()
     script = re.search(r"[\w./]+\.(sh|py|txt)", command)[0]
@@ -179,8 +234,8 @@ FAST = ["--tasks", "gsm8k", "--dtype", "float32", "--workers", "1"]
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory) -> Path:
-    """A folder with small things in the place of those that README's commands name."""
-    folder = tmp_path_factory.mktemp("readme")
+    """A folder with small things in the place of those that the documents' commands name."""
+    folder = tmp_path_factory.mktemp("docs")
     for name in ("math_sft", "math_gmt"):
         make_model(folder / "outputs" / name / "final", seed=len(name))
     make_model(folder / "BASE", seed=7)
@@ -232,12 +287,12 @@ def test_a_command_runs_here(command, stand_in, monkeypatch, capsys):
         {"scripts/report": report, "scripts/drop": drop}[program].main(words)
 
 
-def test_messages_that_the_readme_explains_are_the_programs_own():
-    """What is quoted in the first column of the table of Troubleshooting."""
-    table = README[README.index("## Troubleshooting") : README.index("## Citation")]
-    first_column = "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+def test_messages_that_are_explained_are_the_programs_own():
+    """What is quoted in the first column of the table of troubleshooting.md."""
+    first_column = "\n".join(re.findall(r"^\| (.*?) \|", PAGES["docs/troubleshooting.md"], re.MULTILINE))
     quoted = re.findall(r"`([^`]+)`", first_column)
-    code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "tasks").glob("*.py")])
+    folders = (".", "common", "training", "evaluation", "tasks", "sandbox")
+    code = "".join(path.read_text() for folder in folders for path in (ROOT / folder).glob("*.py"))
     assert len(quoted) > 12
     for text in quoted:
         assert text in code or text.startswith("accelerate launch"), text
