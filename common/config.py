@@ -4,6 +4,7 @@ Every key is listed here with its meaning. A YAML file is turned into `--key val
 follow them, so that types, precedence (the last word wins) and errors go one way.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -11,6 +12,7 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -20,11 +22,26 @@ import yaml
 import gmt
 
 TRACKERS = ("tensorboard", "wandb")
+# Keys of train.py that may differ between a run and its resumption: they do not change what is computed.
+FREE_TO_CHANGE = {
+    "output_dir", "dry_run", "resume", "resume_changed", "overwrite", "tokenise_processes", "save_every",
+    "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard", "eval_every",
+    "max_skipped_steps", "trackers",
+}  # fmt: skip
 OF_MASKS = ("keep_ratio", "scope", "masked_weights", "exclude", "mask_vectors")  # no meaning for rules without masks
 
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, exit code 2."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn the ValueErrors of a library, its complaints about arguments that the user chose, into UserErrors."""
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(str(e)) from e
 
 
 class Interrupted(Exception):

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import gmt
 import train
-from common import sources, templates
+from common import run_folder, sources, templates
 from common.config import UserError
-from training import data, objectives
+from training import data, losses, objectives, reference
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_losses_rewards_and_gradients_are_those_of_trl(normalised, tmp_path, pai
     policy, reference, ids = load(model_dir), load(other), list(range(len(pairs)))
     batch = data.collate(examples, [[i] for i in ids])
     for model in (policy, reference):
-        train.give_loss(model, 0)
+        losses.attach_loss(model, 0)
     tokens = torch.from_numpy(examples.sequence_trained)
     with torch.no_grad():
         logps = objectives.sequence_logps(reference(**batch), tokens)
@@ -175,7 +175,7 @@ def test_each_answer_has_its_own_row_or_its_own_positions(tmp_path, pairs, model
     assert packed["input_ids"].tolist() == [ids[0] + ids[1]]
     assert packed["position_ids"][0].tolist() == [*range(a), *range(b), *range(c), *range(d)]
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    train.give_loss(model, 0)
+    losses.attach_loss(model, 0)
     assert torch.allclose(model(**apart), model(**packed), atol=1e-10)
     assert examples.padded_lengths(False).tolist() == [2 * max(a, b), 2 * max(c, d)]
 
@@ -229,7 +229,7 @@ def test_resume_is_bitwise_and_the_reference_is_not_computed_again(tmp_path, dpo
     class Cut(Exception):
         pass
 
-    write = train.run_folder.Log.write
+    write = run_folder.Log.write
 
     def cut(self, line):
         write(self, line)
@@ -237,11 +237,11 @@ def test_resume_is_bitwise_and_the_reference_is_not_computed_again(tmp_path, dpo
             raise Cut
 
     with monkeypatch.context() as m:
-        m.setattr(train.run_folder.Log, "write", cut)
+        m.setattr(run_folder.Log, "write", cut)
         with pytest.raises(Cut):
             train.main(dpo_args(tmp_path / "cut", *more))
-    made, make = [], train.reference.compute
-    monkeypatch.setattr(train.reference, "compute", lambda *args: made.append(1) or make(*args))
+    made, make = [], reference.compute
+    monkeypatch.setattr(reference, "compute", lambda *args: made.append(1) or make(*args))
     train.main(dpo_args(tmp_path / "cut", *more, "--resume"))
     assert not made
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")

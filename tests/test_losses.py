@@ -18,7 +18,7 @@ from transformers import (
 import train
 from common import sources
 from common.config import TrainConfig, UserError, parse
-from training import checks, data, losses, plan
+from training import checks, data, loading, losses, plan
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_those_of_all_logits(tmp_path, examples, kind, chu
     slow.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    losses.give_loss(model, chunk)
+    losses.attach_loss(model, chunk)
     ours = model(**data.collate(examples, [[i] for i in ids]))
     assert ours.shape == (int(examples.trained[ids].sum()),) and ours.dtype == torch.float32
     ours.sum().backward()
@@ -82,7 +82,7 @@ def test_a_batch_without_trained_tokens_has_a_loss_and_gradients_of_zero(example
     """The processes that have no micro-batch take part in the sum of gradients."""
     for chunk in (0, 4):
         model = llama(tmp_path)
-        losses.give_loss(model, chunk)
+        losses.attach_loss(model, chunk)
         loss = model(**data.collate(examples, [])).sum()
         loss.backward()
         assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -131,11 +131,11 @@ def test_a_model_that_scales_its_logits_otherwise_is_refused(examples, accelerat
             num_key_value_heads=2, logit_scale=0.0625, pad_token_id=2,
         )
     )  # fmt: skip
-    losses.give_loss(model, 4)
+    losses.attach_loss(model, 4)
     with pytest.raises(UserError, match=r"model m \(model type cohere\) does something to its logits that .* its loss"):
         checks.check_loss(config(**FP32), model, examples, accelerator)
     model = gemma()
-    losses.give_loss(model, 4)
+    losses.attach_loss(model, 4)
     checks.check_loss(config(**FP32), model, examples, accelerator)
     assert model.training  # as it was found
 
@@ -151,7 +151,7 @@ def test_a_packed_rows_losses_and_gradients_are_those_of_its_examples(tmp_path, 
     torch.manual_seed(0)
     model = {"llama": lambda: llama(tmp_path), "gemma": gemma, "gpt2": gpt2}[kind]().double().eval()
     model.set_attn_implementation(attention)
-    losses.give_loss(model, 5)
+    losses.attach_loss(model, 5)
     found = {}
     for name, rows, packed in (
         ("apart", [[i] for i in (3, 7, 8, 11)], False),
@@ -188,7 +188,7 @@ def test_packing_is_chosen_refused_or_left(tmp_path, examples, accelerator, caps
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     sound, mixing = llama(tmp_path / "a"), llama(tmp_path / "b")
     for model in (sound, mixing):
-        losses.give_loss(model, 0)
+        losses.attach_loss(model, 0)
     let_examples_mix(mixing)
     with autocast:
         assert checks.decide_packing(settings, sound, examples, accelerator) is True
@@ -205,7 +205,7 @@ def test_packing_is_chosen_refused_or_left(tmp_path, examples, accelerator, caps
 def test_wrong_positions_are_found(examples, accelerator):
     torch.manual_seed(0)
     model = gpt2()  # learned positions
-    losses.give_loss(model, 0)
+    losses.attach_loss(model, 0)
     settings = config(packing="on", **FP32)
     assert checks.packing_leaks(settings, model, examples, accelerator) == ""
     ignore_positions(model)
@@ -228,10 +228,10 @@ def test_what_wants_packing(monkeypatch):
     # one row a forward pass, where the kernel knows its parts; else rows of max_length
     lengths = torch.arange(10, 42).numpy()
     some = data.Examples(None, lengths[:, None], lengths[:, None])
-    (dealt,) = plan.deal(config(micro_batch_tokens=512, **flash), some, lengths - 10, True, 1)
-    assert all(len(batch) == 1 for batch in dealt) and len(dealt) == 2
-    (dealt,) = plan.deal(config(micro_batch_tokens=512, max_length=82), some, lengths - 10, True, 1)
-    assert 75 < max(sum(lengths[row]) for batch in dealt for row in batch) <= 82 and max(map(len, dealt)) > 3
+    (share,) = plan.distribute(config(micro_batch_tokens=512, **flash), some, lengths - 10, True, 1)
+    assert all(len(batch) == 1 for batch in share) and len(share) == 2
+    (share,) = plan.distribute(config(micro_batch_tokens=512, max_length=82), some, lengths - 10, True, 1)
+    assert 75 < max(sum(lengths[row]) for batch in share for row in batch) <= 82 and max(map(len, share)) > 3
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="attention flash_attention_2: pip install flash-attn, or use sdpa"):
         config(**flash)
@@ -242,14 +242,14 @@ def test_what_wants_packing(monkeypatch):
 
 def test_keys_reach_the_model(tmp_path, train_args, monkeypatch):
     seen, compiled = {}, []
-    give_loss = losses.give_loss
+    attach_loss = losses.attach_loss
 
     def look(model, chunk):
         layers = plan.layers(model)
         seen.update(chunk=chunk, attention=model.config._attn_implementation, again=layers[0].gradient_checkpointing)
-        give_loss(model, chunk)
+        attach_loss(model, chunk)
 
-    monkeypatch.setattr(train, "give_loss", look)
+    monkeypatch.setattr(loading, "attach_loss", look)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiled.append(type(self).__name__))
     train.main(train_args(tmp_path / "a", "--max_steps", "1"))
     assert seen == {"chunk": 1024, "attention": "sdpa", "again": False} and not compiled

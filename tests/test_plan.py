@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from conftest import make_model, python
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import gmt
 import train
-from common.config import TrainConfig, UserError
+from common.config import TrainConfig, UserError, parse
 from training import losses, plan
 
 KINDS = {
@@ -46,10 +47,10 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_run(tmp_path, t
         "gradients": sum(grads.values()),
         "optimizer": sum(tensors.values()),
     }
-    config = train.parse(TrainConfig, args)
+    config = parse(TrainConfig, args)
     model = plan.on_meta(config, AutoConfig.from_pretrained(config.model))
     if config.rule == "hft":
-        train.gmt.freeze_half(model, config.seed, "sft")
+        gmt.freeze_half(model, config.seed, "sft")
     assert plan.tensor_bytes(config, model.parameters(), 1, False) == held
 
 
@@ -69,7 +70,7 @@ def test_activations_are_what_autograd_saves(model_dir, checkpointing, chunk, mo
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
-    losses.give_loss(model, chunk)
+    losses.attach_loss(model, chunk)
     weights = {p.data_ptr() for p in model.parameters()}
     saved, most = {}, [0]
 
@@ -139,7 +140,7 @@ def test_flops_are_those_that_torch_counts(tmp_path, tied):
 
 
 def test_dry_run_prints_the_plan_and_makes_nothing(tmp_path, train_args, capsys, monkeypatch):
-    monkeypatch.setattr(train, "load_model", lambda *a: 1 / 0)  # no weights
+    monkeypatch.setattr(train, "load_trainable_model", lambda *a: 1 / 0)  # no weights
     args = train_args(tmp_path / "run", "--rule", "gmt", "--keep_ratio", "0.3", "--save_every", "5", "--dry_run")
     train.main(args)
     text = capsys.readouterr().out

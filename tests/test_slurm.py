@@ -88,7 +88,7 @@ def test_accelerate_configurations(name, monkeypatch):
         if key.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_")):
             monkeypatch.setenv(key, value)
     config = TrainConfig(model="m", dataset="d", output_dir="o", rule="gmt", keep_ratio=0.2)
-    backend.check(config)
+    backend.check_supported(config)
     processes = {"single_gpu": 1, "ddp": 8, "fsdp2": 8, "fsdp2_multinode": 16}[name]
     assert (args.num_processes, backend.is_sharded()) == (processes, "fsdp2" in name)
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"  # the experiment's own key decides
@@ -96,4 +96,4 @@ def test_accelerate_configurations(name, monkeypatch):
         assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
         monkeypatch.setenv("FSDP_VERSION", "1")
         with pytest.raises(UserError, match="set fsdp_version: 2"):
-            backend.check(config)
+            backend.check_supported(config)

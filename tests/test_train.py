@@ -17,7 +17,7 @@ import gmt
 import train
 from common import run_folder, sources, templates
 from common.config import TrainConfig, UserError
-from training import checkpoint, data
+from training import checkpoint, data, steps
 
 RULES = {
     "none": ["--rule", "none"],
@@ -147,8 +147,8 @@ def test_gradients_of_any_split_agree_in_fp32(tmp_path, train_args, monkeypatch)
 
     monkeypatch.setattr(gmt.Masker, "mask_gradients", keep)
     shapes = []
-    collate = train.collate
-    monkeypatch.setattr(train, "collate", lambda *a: shapes.append([len(row) for row in a[1]]) or collate(*a))
+    collate = steps.collate
+    monkeypatch.setattr(steps, "collate", lambda *a: shapes.append([len(row) for row in a[1]]) or collate(*a))
     for split, words in SPLITS.items():
         shapes.clear()
         more = ["--global_batch_size", "32", "--max_steps", "1", "--max_length", "512", *words]
@@ -260,14 +260,14 @@ def test_resume_changed_means_the_new_settings(tmp_path, train_args, monkeypatch
         crash_after(m, 5)
         train.main(train_args(tmp_path / "run", "--save_every", "4"))
     changed = ["--save_every", "4", "--resume", "--resume_changed", "--weight_decay", "0.5", "--adam_beta1", "0.5"]
-    seen, deal = [], train.deal
+    seen, distribute = [], steps.distribute
 
     def look(config, examples, ids, packed, accelerator):
         seen.append(accelerator._optimizers[0].param_groups[0].copy())
-        return deal(config, examples, ids, packed, accelerator)
+        return distribute(config, examples, ids, packed, accelerator)
 
     with monkeypatch.context() as m, pytest.raises(Crash):
-        m.setattr(train, "deal", look)
+        m.setattr(steps, "distribute", look)
         crash_after(m, 9)
         train.main(train_args(tmp_path / "run", *changed))
     assert {(g["weight_decay"], g["betas"]) for g in seen} == {(0.5, (0.5, 0.999))} and len(seen) == 5
@@ -357,12 +357,12 @@ def test_learning_rates_are_those_of_transformers(tmp_path, train_args, schedule
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypatch):
-    whole = train.backward
+    backward = train.backward
     calls = []
 
     def sometimes_nan(model, *args):
         calls.append(1)
-        loss = whole(model, *args)
+        loss = backward(model, *args)
         if len(calls) == 3:
             next(model.parameters()).grad[0, 0] = math.nan
         return loss
@@ -378,11 +378,11 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypa
 
 
 def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, train_args, monkeypatch):
-    whole, calls = train.backward, []
+    backward, calls = train.backward, []
 
     def nan_from_the_fifth(model, *args):
         calls.append(1)
-        loss = whole(model, *args)
+        loss = backward(model, *args)
         if len(calls) >= 5:
             next(model.parameters()).grad[0, 0] = math.nan
         return loss
@@ -621,7 +621,7 @@ def test_keys_of_the_run(tmp_path, plain_run, monkeypatch):
     assert run(overwrite="true", eval_rows=5, eval_every=2)[1] == [2, 4, 5]
     was_deterministic = []
     monkeypatch.setattr(
-        train, "deal", lambda *a, deal=train.deal: was_deterministic.append(DETERMINISTIC()) or deal(*a)
+        steps, "distribute", lambda *a, real=steps.distribute: was_deterministic.append(DETERMINISTIC()) or real(*a)
     )
     run(overwrite="true")
     run(overwrite="true", deterministic="true")

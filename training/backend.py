@@ -23,7 +23,7 @@ def is_sharded() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def check(config: TrainConfig) -> None:
+def check_supported(config: TrainConfig) -> None:
     """Raise UserError for what is not supported, from configuration and environment alone: every process agrees."""
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if config.mixed_precision == "fp16" and config.masked_weights == "frozen":

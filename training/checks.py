@@ -16,7 +16,7 @@ from training.plan import wants_packing
 
 
 @contextlib.contextmanager
-def looking_at(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model without dropout and gradients; afterwards it is as it was before training."""
     model.eval()
     with torch.no_grad():
@@ -28,13 +28,13 @@ def looking_at(model: nn.Module) -> Iterator[None]:
 
 
 def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> None:
-    """Raise UserError where losses.give_loss is not the cross-entropy of the model's own logits.
+    """Raise UserError where losses.attach_loss is not the cross-entropy of the model's own logits.
 
-    So it is where a model does something to its logits, behind the head, that give_loss does not know.
+    So it is where a model does something to its logits, behind the head, that attach_loss does not know.
     """
     shortest = [[int(examples.lengths.argmin())]]
     batch = collate(examples, shortest, accelerator.device)
-    with looking_at(model):
+    with evaluating(model):
         ours = model(**batch)
         logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["positions"]]
     if logits.dtype != torch.float64:
@@ -42,8 +42,8 @@ def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accele
     theirs = F.cross_entropy(logits, batch["targets"], reduction="none")
     if _any_process(distance(ours, theirs) > _rounding(config), accelerator):
         raise UserError(
-            f"model {config.model} ({model_type(model)}) does something to its logits that losses.give_loss does not "
-            f"know: its loss is {theirs.mean():.4f}, that of give_loss {ours.mean():.4f}"
+            f"model {config.model} ({model_type(model)}) does something to its logits that losses.attach_loss does not "
+            f"know: its loss is {theirs.mean():.4f}, that of attach_loss {ours.mean():.4f}"
         )
 
 
@@ -62,7 +62,7 @@ def packing_leaks(config: TrainConfig, model: nn.Module, examples: Examples, acc
         batch["input_ids"][:, :reverse] = batch["input_ids"][:, :reverse].flip(1)
         return model(**batch)[-int(examples.trained[second]) :]
 
-    with looking_at(model):
+    with evaluating(model):
         together = second_losses([[first, second]])
         other = second_losses([[first, second]], reverse=int(examples.lengths[first]))
         apart = second_losses([[second]])

@@ -309,7 +309,7 @@ def _halves(batch: list[list[int]]) -> list[list[list[int]]]:
 def collate(
     examples: Examples, rows: list[list[int]], device: torch.device | str = "cpu", packed: bool = False
 ) -> dict[str, Tensor]:
-    """A micro-batch for a model with losses.give_loss; no rows: one row of two untrained tokens.
+    """A micro-batch for a model with losses.attach_loss; no rows: one row of two untrained tokens.
 
     There is no attention mask: under causal attention no token sees the padding to its right. Where rows are packed,
     position_ids begin anew with every sequence, from which transformers knows what may see what; checks.py looks

@@ -4,6 +4,9 @@ import signal
 import threading
 from typing import NoReturn
 
+import torch
+from accelerate import Accelerator
+
 from common.config import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # a scheduler's end, its early warning, Ctrl-C
@@ -34,12 +37,24 @@ class Signals:
         self.seen.add(number)
         signal.signal(number, self.before[number])
 
-    def received(self) -> list[bool]:
-        """For each of SIGNALS whether this process has got it."""
-        return [number in self.seen for number in SIGNALS]
+    def agree(
+        self, sums: torch.Tensor, time_to_save: bool, accelerator: Accelerator
+    ) -> tuple[list[float], bool, list[bool]]:
+        """What all processes do after this step, and a step's sums over all of them: one collective for everything.
+
+        Args:
+            sums: (n,) fp64, this process's part.
+            time_to_save: counts on the main process alone, since clocks differ.
+        Returns:
+            The sums, whether it is time to save, and for each of SIGNALS whether any process has got it.
+        """
+        flags = [time_to_save and accelerator.is_main_process, *(number in self.seen for number in SIGNALS)]
+        total = accelerator.reduce(torch.cat([torch.tensor(flags).to(sums), sums]), "sum").tolist()
+        save, *received = map(bool, total[: len(flags)])
+        return total[len(flags) :], save, received
 
 
-def stop(received: list[float], message: str) -> NoReturn:
+def stop(received: list[bool], message: str) -> NoReturn:
     """Raise Interrupted with the first of SIGNALS that any process has received."""
     number = next(s for s, got in zip(SIGNALS, received, strict=True) if got)
     raise Interrupted(f"{number.name}: {message}", number)

@@ -34,7 +34,7 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     return torch.cat([*losses, of_chunk(*last)])
 
 
-def give_loss(model: nn.Module, chunk: int) -> None:
+def attach_loss(model: nn.Module, chunk: int) -> None:
     """Make `model(**batch)` of a transformers model return the losses of the batch's trained tokens, see token_losses.
 
     A batch is what data.collate makes: input_ids, positions, targets and, where rows are packed, position_ids. Hidden

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import gmt
 from common.config import TrainConfig
 from training.data import Examples, micro_batches, step_examples, steps_per_epoch
-from training.losses import give_loss, token_losses
+from training.losses import attach_loss, token_losses
 
 # dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -44,7 +44,7 @@ def wants_packing(config: TrainConfig) -> bool:
     return config.packing == "on" or (config.packing == "auto" and by_kernel)
 
 
-def deal(
+def distribute(
     config: TrainConfig, examples: Examples, ids: np.ndarray, packed: bool, processes: int
 ) -> list[list[list[list[int]]]]:
     """The examples `ids` as [process][micro-batch][row] -> ids. A function of its arguments alone."""
@@ -132,7 +132,7 @@ def activation_bytes(
         dtype = getattr(torch, config.master_dtype)
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="causal")
         weights.update(p.untyped_storage()._cdata for p in model.parameters())
-        give_loss(model, config.loss_chunk)
+        attach_loss(model, config.loss_chunk)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             for layer in layers(model):
@@ -193,9 +193,9 @@ def report(
     steps = config.max_steps or config.epochs * in_epoch
     some = [step_examples(len(examples), config.global_batch_size, config.seed, s) for s in range(min(steps, 20))]
     packed = wants_packing(config)
-    dealt = [deal(config, examples, ids, packed, processes) for ids in some]
-    forwards = np.mean([len(d[0]) for d in dealt])
-    micro = [m for d in dealt for process in d for m in process]
+    shares = [distribute(config, examples, ids, packed, processes) for ids in some]
+    forwards = np.mean([len(share[0]) for share in shares])
+    micro = [m for share in shares for process in share for m in process]
     padded_lengths, per_row = examples.padded_lengths(packed), 1 if packed else examples.sequences
     shapes = [
         (len(m) * per_row, max(int(padded_lengths[row].sum()) for row in m) // per_row) if m else (1, 2) for m in micro

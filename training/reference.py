@@ -5,10 +5,11 @@ memory.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -16,12 +17,51 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.config import TrainConfig
+from common.run_folder import REFERENCE
 from training import checks
-from training.data import Examples
-from training.objectives import sequence_logps
+from training.data import Examples, steps_per_epoch
+from training.objectives import DPO, SFT, Objective, sequence_logps
+from training.steps import distribute, step_batches
 
 
-def fingerprint(config: TrainConfig, parts: list[Examples], packed: bool) -> str:
+class Objectives(NamedTuple):
+    """What is minimised, and the same on the held-out examples."""
+
+    training: Objective
+    held_out: Objective
+    save: Callable[[Path], None]  # writes into the run's folder what a resumed run then need not compute again
+
+
+def build_objectives(
+    config: TrainConfig,
+    model: nn.Module,
+    examples: Examples,
+    held_out: Examples,
+    packed: bool,
+    accelerator: Accelerator,
+) -> Objectives:
+    """The objectives of a run. For DPO, `model` is the reference: call it before a checkpoint is loaded."""
+    if config.objective == "sft":
+        return Objectives(SFT(examples), SFT(held_out), lambda folder: None)
+    fingerprint = compute_fingerprint(config, [examples, held_out], packed)
+    path = Path(config.output_dir) / REFERENCE
+    logps = load(path, fingerprint, accelerator) if config.resume else None
+    if logps is None:
+        accelerator.print("computing the reference's log-probabilities")
+        epoch = range(steps_per_epoch(len(examples), config.global_batch_size))
+        training = (m for step in epoch for m in step_batches(config, examples, packed, accelerator, step).micro)
+        evaluation = distribute(config, held_out, np.arange(len(held_out)), packed, accelerator)
+        logps = compute(model, [(examples, training), (held_out, evaluation)], accelerator)
+
+    def save_logps(folder: Path) -> None:
+        if accelerator.is_main_process:
+            save(folder / REFERENCE, logps, fingerprint)
+
+    splits = zip((examples, held_out), logps, strict=True)
+    return Objectives(*(DPO(*split, config.beta, config.length_normalised) for split in splits), save_logps)
+
+
+def compute_fingerprint(config: TrainConfig, parts: list[Examples], packed: bool) -> str:
     """A hash of what the log-probabilities depend on: the data, the model, how it computes."""
     path = Path(config.model)
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.iterdir()) if path.is_dir() else []
@@ -38,7 +78,7 @@ def compute(model: nn.Module, parts: list[tuple[Examples, Iterable[Any]]], accel
             In the micro-batches of training, policy and reference agree to the last bit before the first step.
     """
     out = []
-    with checks.looking_at(model):
+    with checks.evaluating(model):
         for examples, micro_batches in parts:
             logps = torch.zeros(len(examples), 2, dtype=torch.float64, device=accelerator.device)
             for batch in micro_batches:
@@ -48,19 +88,19 @@ def compute(model: nn.Module, parts: list[tuple[Examples, Iterable[Any]]], accel
     return out
 
 
-def save(path: Path, logps: list[Tensor], mark: str) -> None:
-    """Write what compute returned so that the file is either whole or not there."""
+def save(path: Path, logps: list[Tensor], fingerprint: str) -> None:
+    """Write what compute returned so that the file is either complete or not there."""
     aside = path.with_name(path.name + ".aside")
-    save_file({str(i): part for i, part in enumerate(logps)}, aside, {"fingerprint": mark})
+    save_file({str(i): part for i, part in enumerate(logps)}, aside, {"fingerprint": fingerprint})
     aside.replace(path)
 
 
-def load(path: Path, mark: str, accelerator: Accelerator) -> list[Tensor] | None:
+def load(path: Path, fingerprint: str, accelerator: Accelerator) -> list[Tensor] | None:
     """What `save` wrote; None, on every process, where any of them finds none of this fingerprint."""
     found = None
     try:
         with safe_open(path, "pt") as f:
-            if (f.metadata() or {}).get("fingerprint") == mark:
+            if (f.metadata() or {}).get("fingerprint") == fingerprint:
                 found = [f.get_tensor(str(i)) for i in range(len(f.keys()))]
     except (OSError, SafetensorError):
         pass

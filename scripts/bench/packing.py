@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.bench import measure as bench
 from training.data import Examples, collate, micro_batches, steps_per_epoch
-from training.losses import give_loss
+from training.losses import attach_loss
 
 KINDS = {"word problems": (200, 0.5, 512), "conversations": (400, 0.9, 4096)}  # median, spread of the log, longest
 
@@ -53,10 +53,10 @@ def main() -> None:
     )  # fmt: skip
     gpu = bench.device().type == "cuda"
     model = LlamaForCausalLM._from_config(architecture, attn_implementation=args.attention).to(bench.device())
-    give_loss(model, 1024)
+    attach_loss(model, 1024)
 
-    def run(examples: Examples, dealt: list, packed: bool) -> None:
-        for rows in dealt:
+    def run(examples: Examples, batches: list, packed: bool) -> None:
+        for rows in batches:
             with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
                 loss = model(**collate(examples, rows, bench.device(), packed)).sum()
             loss.backward()
@@ -73,21 +73,21 @@ def main() -> None:
         else:
             rows["packed, rows of the longest"] = longest
             rows["packed, rows of twice that"] = [2 * n for n in longest]
-        deal = lambda s, r: micro_batches(s, examples.lengths, 1, args.micro_batch_tokens, 0, r)[0]  # noqa: E731
+        split = lambda s, r: micro_batches(s, examples.lengths, 1, args.micro_batch_tokens, 0, r)[0]  # noqa: E731
         return {
-            name: [m for s, r in zip(steps, tokens, strict=True) for m in deal(s, r)] for name, tokens in rows.items()
+            name: [m for s, r in zip(steps, tokens, strict=True) for m in split(s, r)] for name, tokens in rows.items()
         }
 
     table = []
     for kind in args.data:
         examples = draw(kind, args.steps * args.global_batch_size, args.vocabulary)
         tokens = int(examples.lengths.sum())
-        dealt = ways(examples)
-        calls = {name: functools.partial(run, examples, d, name != "sorted by length") for name, d in dealt.items()}
+        batches = ways(examples)
+        calls = {name: functools.partial(run, examples, d, name != "sorted by length") for name, d in batches.items()}
         for name, spent in bench.interleaved(calls, args.repeats).items():
-            padded = sum(len(m) * max(int(examples.lengths[row].sum()) for row in m) for m in dealt[name])
+            padded = sum(len(m) * max(int(examples.lengths[row].sum()) for row in m) for m in batches[name])
             table.append({
-                "way": name, "data": kind, "padding": 1 - tokens / padded, "forward_passes": len(dealt[name]),
+                "way": name, "data": kind, "padding": 1 - tokens / padded, "forward_passes": len(batches[name]),
                 "tokens_per_second": tokens / bench.median(spent), "fastest": tokens / min(spent),
             })  # fmt: skip
     bench.show(table)

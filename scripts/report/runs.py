@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError
+from common.config import FREE_TO_CHANGE, UserError
 from common.run_folder import METRICS, RUN
-from train import FREE_TO_CHANGE
 
 DROP = "drop.json"  # what drop.py leaves in a model's folder
 SEED = re.compile(r"[_.-]?seed[_=-]?\d+")  # as part of a path

@@ -46,7 +46,7 @@ from scripts import drop
 from scripts.quickstart.data import OLD_SKILLS, save_random_model, write
 from scripts.study import data as study_data
 from training.data import collate, tokenise
-from training.losses import give_loss
+from training.losses import attach_loss
 
 RULES = {  # what the command line of train.py gets; drop masks the task vector of a model of rule none
     "none": ["--rule", "none"],
@@ -203,7 +203,7 @@ def nll(model: Path, files: dict[str, Path]) -> dict[str, float]:
     """Mean cross-entropy, in nats per trained token, of each skill's right answers."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    give_loss(network, 0)
+    attach_loss(network, 0)
     found = {}
     for skill, file in files.items():
         template = study_data.TEMPLATES.get(skill, "metamath")

@@ -1,0 +1,95 @@
+"""Loads what a run trains on and what it trains: tokenizer, examples, model."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from common import templates
+from common.config import TrainConfig, UserError, nearest, user_errors
+from common.hub import from_pretrained
+from common.sources import load_all
+from common.templates import TEMPLATES
+from training import plan
+from training.data import Examples, permutation, tokenise
+from training.losses import attach_loss
+
+
+def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
+    """(tokenizer, training examples, held-out examples).
+
+    Raises:
+        UserError: something cannot be read, or nothing is left to train on.
+    """
+    tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
+    if config.template not in TEMPLATES:
+        raise UserError(f"template: unknown word {config.template!r}{nearest(config.template, TEMPLATES)}")
+    preferences = config.objective == "dpo"
+    columns, conversations = templates.columns(TEMPLATES[config.template], preferences)
+    rows = load_all(config.dataset, columns, config.dataset_split, conversations)
+    how = config.template, config.max_length, config.overlong, config.tokenise_processes
+    examples = tokenise(rows, tokenizer, *how, preferences)
+    if config.eval_rows >= len(examples):
+        raise UserError(f"eval_rows {config.eval_rows} leaves nothing to train on: there are {len(examples)} examples")
+    order = permutation(len(examples), config.seed, -1)
+    held_out, rest = np.sort(order[: config.eval_rows]), np.sort(order[config.eval_rows :])
+    return tokenizer, examples.select(rest), examples.select(held_out)
+
+
+def load_architecture(config: TrainConfig, examples: Examples) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        UserError: it does not fit the tokenizer or the examples, or its weights cannot be trained.
+    """
+    full = from_pretrained(AutoConfig, config.model, "model")
+    architecture = full.get_text_config()
+    if getattr(architecture, "quantization_config", None):
+        raise UserError(f"model {config.model} is quantised: its weights cannot be trained; use the unquantised model")
+    if (largest := examples.max_token_id()) >= architecture.vocab_size:
+        raise UserError(
+            f"token id {largest} is beyond the model's embedding of {architecture.vocab_size} rows: "
+            f"the tokenizer {config.tokenizer or config.model} does not fit the model {config.model}"
+        )
+    context = getattr(architecture, "max_position_embeddings", math.inf)
+    if (longest := int(examples.sequence_lengths.max())) > context:
+        raise UserError(f"an example has {longest} tokens, the model's context is {context}: lower max_length")
+    return full
+
+
+def load_trainable_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
+    """The model that a run trains: it returns losses, see losses.attach_loss.
+
+    Its weights are in master_dtype, whatever dtype they are stored in.
+    """
+    load_architecture(config, examples)
+    model = from_pretrained(
+        AutoModelForCausalLM,
+        config.model,
+        "model",
+        dtype=getattr(torch, config.master_dtype),
+        attn_implementation=config.attention,
+    )
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in plan.layers(model):  # one compilation serves all, since they are alike; names stay
+            layer.compile(dynamic=True)
+    _make_generation_config_valid(model)
+    attach_loss(model, config.loss_chunk)
+    return model
+
+
+def _make_generation_config_valid(model: torch.nn.Module) -> None:
+    """Mend a generation configuration that transformers loads but refuses to save, before days of training.
+
+    Some are published with models: a temperature without do_sample, say.
+    """
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True  # what a temperature means
+        with user_errors():
+            model.generation_config.validate(strict=True)

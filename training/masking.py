@@ -1,0 +1,65 @@
+"""The selection rules of gmt.py, set up from a run's configuration."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import gmt
+from common.config import TrainConfig, user_errors
+
+
+def freeze(config: TrainConfig, model: nn.Module, log: Callable[[str], object] = lambda text: None) -> None:
+    """Freeze the tensors that rule hft does not train; other rules freeze none. Call it before the optimizer is built.
+
+    Raises:
+        UserError: hft does not know the model's layers.
+    """
+    if config.rule != "hft":
+        return
+    with user_errors():
+        frozen = gmt.freeze_half(model, config.seed, config.objective)
+    log(f"hft freezes {len(frozen)} tensors: {', '.join(frozen)}")
+
+
+def build_masker(config: TrainConfig, model: nn.Module) -> gmt.Masker:
+    """The Masker of a run. Call it after `accelerator.prepare`, which may replace parameters.
+
+    Raises:
+        UserError: a pattern of `exclude` matches no parameter.
+    """
+    with user_errors():
+        return gmt.Masker(
+            model.named_parameters(),
+            config.rule,
+            config.keep_ratio,
+            scope=config.scope,
+            exclude=config.exclude,
+            mask_vectors=config.mask_vectors,
+            seed=config.seed,
+        )
+
+
+def calibrate(
+    config: TrainConfig,
+    masker: gmt.Masker,
+    optimizer: torch.optim.Optimizer,
+    accumulate: Callable[[int], object],
+) -> None:
+    """Choose the masks of grad_square from the first steps' gradients; no optimizer step is taken.
+
+    Nothing happens for the other rules, nor where a checkpoint has brought the masks.
+
+    Args:
+        accumulate: accumulates the gradients of a step, given its number.
+    Raises:
+        UserError: masks cannot be chosen from these gradients.
+    """
+    if not masker.needs_calibration:
+        return
+    for step in range(config.calibration_steps):
+        accumulate(step)
+        masker.calibrate()
+        optimizer.zero_grad()
+    with user_errors():
+        masker.fix_masks()

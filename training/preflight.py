@@ -1,0 +1,46 @@
+"""What can be refused before anything is loaded."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from common import run_folder
+from common.config import TrainConfig, UserError
+from common.hub import is_local
+from common.sources import data_files, split_cap
+from training import backend, resume
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Raise UserError for paths and settings that cannot work; every process comes to the same answer."""
+    folder = Path(config.output_dir)
+    run_folder.check(folder, config.resume, config.overwrite)
+    if config.resume:
+        resume.refuse_changes(config, folder, {"config": asdict(config), **run_folder.environment()})
+    datasets = [split_cap(source)[0] for source in config.dataset]
+    for source in datasets:
+        data_files(source)
+    for name, path in [("model", config.model), ("tokenizer", config.tokenizer), *(("dataset", d) for d in datasets)]:
+        inside = Path(path).expanduser().resolve().is_relative_to(folder.resolve())
+        if config.overwrite and path and inside:
+            raise UserError(f"overwrite would delete {name} {path}: choose another output_dir")
+    for name in ("model", "tokenizer"):
+        path = getattr(config, name)
+        if path and is_local(path) and not Path(path).is_dir():
+            raise UserError(f"{name} {path}: no such folder (a Hub model is written owner/name)")
+    backend.check_supported(config)
+    check_batches(config, None, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def check_batches(config: TrainConfig, num_examples: int | None, processes: int) -> None:
+    """Raise UserError where the batch arithmetic cannot work out; num_examples is None where it is not known yet."""
+    numbers = f"global_batch_size {config.global_batch_size}, {processes} processes"
+    if config.global_batch_size < processes:
+        raise UserError(f"{numbers}: some processes would never get an example; raise global_batch_size")
+    if config.per_device_batch_size * processes > config.global_batch_size:
+        raise UserError(
+            f"{numbers}, per_device_batch_size {config.per_device_batch_size}: one forward pass on every process takes "
+            f"{config.per_device_batch_size * processes} examples, more than a step has"
+        )
+    if num_examples is not None and num_examples < config.global_batch_size:
+        raise UserError(f"{numbers}, {num_examples} examples: a step would be larger than the data")

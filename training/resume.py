@@ -1,0 +1,99 @@
+"""Where a run starts and goes on: run.json, the latest checkpoint, and the one from before a run of bad steps."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+
+from common import run_folder
+from common.config import FREE_TO_CHANGE, TrainConfig, UserError
+from training import checkpoint
+from training.data import Examples
+
+
+def describe(config: TrainConfig, examples: Examples, held_out: Examples, accelerator: Accelerator) -> dict[str, Any]:
+    """What run.json says of a run: configuration, data, versions and hardware."""
+    return {
+        "config": asdict(config),
+        "data": {"examples": len(examples), "fingerprint": examples.fingerprint(), "held_out": held_out.fingerprint()},
+        **run_folder.environment(),
+        "processes": accelerator.num_processes,
+    }
+
+
+def refuse_changes(config: TrainConfig, folder: Path, new: dict[str, Any]) -> None:
+    """Raise UserError where the run in `folder`, as it was last resumed, is not the one that `new` describes.
+
+    Only what both of them say of configuration, data and versions is compared, so that a call before the data are
+    loaded can go without them.
+    """
+    old = run_folder.read_json(folder / run_folder.RUN)
+    old = old.get("resumed", [old])[-1]
+    changed = []
+    for part in ("config", "data", "versions"):
+        names = [name for name in new.get(part, {}) if name not in FREE_TO_CHANGE]
+        changed += run_folder.differences(old[part], new.get(part, {}), names)
+    if changed and not config.resume_changed:
+        raise UserError(f"resume: not the run that {folder} holds: {'; '.join(changed)} (--resume_changed goes on)")
+
+
+def open_folder(
+    config: TrainConfig,
+    folder: Path,
+    description: dict[str, Any],
+    total_steps: int,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> dict[str, Any] | None:
+    """Write run.json, or compare it and load the latest checkpoint.
+
+    Returns:
+        The progress so far: step, tokens, skipped_steps; None where the run that is to be resumed is finished.
+    Raises:
+        UserError: the folder holds another run, no complete checkpoint, or one of a step beyond total_steps.
+    """
+    progress = {"step": 0, "tokens": 0, "skipped_steps": 0}
+    if config.resume:
+        refuse_changes(config, folder, description)
+        if checkpoint.is_complete(folder / "final"):
+            accelerator.print(f"this run is finished: {folder / 'final'} is there")
+            return None
+        progress = _load_latest(folder, optimizer, accelerator)
+        if progress["step"] > total_steps:
+            raise UserError(f"resume: the checkpoint is of step {progress['step']}, this run ends after {total_steps}")
+        old = run_folder.read_json(folder / run_folder.RUN)
+        description = {**old, "resumed": [*old.get("resumed", []), {"step": progress["step"], **description}]}
+    accelerator.wait_for_everyone()  # all have read what is now written or deleted
+    if accelerator.is_main_process:
+        if config.overwrite:
+            run_folder.clear(folder)
+        run_folder.write_json(folder / run_folder.RUN, description)
+    accelerator.wait_for_everyone()
+    return progress
+
+
+def _load_latest(folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    source = checkpoint.latest(accelerator, folder / "checkpoints")
+    progress = checkpoint.load(accelerator, source)
+    for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
+        group.update(hyperparameters)  # those of this configuration, should it have been changed
+    accelerator.print(f"resumed from {source}")
+    return progress
+
+
+def stop_at_bad_steps(
+    config: TrainConfig, folder: Path, progress: dict[str, Any], bad: int, accelerator: Accelerator
+) -> NoReturn:
+    """Save the state from before `bad` skipped steps in a row, and end the run with a UserError."""
+    before = {**progress, "step": progress["step"] - bad, "skipped_steps": progress["skipped_steps"] - bad}
+    saved = "no step was taken before"
+    if before["step"] > before["skipped_steps"]:
+        checkpoint.save(accelerator, folder / "checkpoints", before, config.keep_checkpoints)
+        saved = f"the state from before is {folder / 'checkpoints'}/step_{before['step']:06d}"
+    raise UserError(
+        f"{bad} steps in a row had a non-finite gradient, up to step {progress['step']} (max_skipped_steps): {saved}; "
+        f"look at their rows, listed in {folder / run_folder.METRICS}, lower learning_rate, or change mixed_precision"
+    )

@@ -1,0 +1,120 @@
+"""What an optimizer step computes: micro-batches, their gradients and their norm; and the evaluation loss."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+
+from common.config import TrainConfig
+from training import plan
+from training.data import Examples, collate, step_examples
+from training.objectives import Objective
+
+
+class MicroBatch(NamedTuple):
+    """The input of one forward pass."""
+
+    inputs: dict[str, Tensor]  # of the model, see data.collate
+    ids: list[int]  # the examples, in their order in it
+
+
+class Batches(NamedTuple):
+    """What one process computes of an optimizer step, and the step's numbers over all processes."""
+
+    ids: np.ndarray  # the step's examples
+    tokens: int  # their tokens
+    trained: int  # and those of them that are trained
+    micro: list[MicroBatch]  # this process's share
+
+
+def step_batches(config: TrainConfig, examples: Examples, packed: bool, accelerator: Accelerator, step: int) -> Batches:
+    """This process's micro-batches of optimizer step `step`. Seeds dropout for them."""
+    # dropout is a function of (seed, step, process): there is no generator state to save or restore
+    torch.manual_seed(((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index) % 2**63)
+    ids = step_examples(len(examples), config.global_batch_size, config.seed, step)
+    micro = list(distribute(config, examples, ids, packed, accelerator))
+    return Batches(ids, int(examples.lengths[ids].sum()), int(examples.trained[ids].sum()), micro)
+
+
+def distribute(
+    config: TrainConfig, examples: Examples, ids: np.ndarray, packed: bool, accelerator: Accelerator
+) -> Iterator[MicroBatch]:
+    """This process's micro-batches of the examples `ids`."""
+    shares = plan.distribute(config, examples, ids, packed, accelerator.num_processes)
+    for rows in shares[accelerator.process_index]:
+        yield MicroBatch(collate(examples, rows, accelerator.device, packed), [i for row in rows for i in row])
+
+
+def backward(model: nn.Module, batches: Batches, objective: Objective, accelerator: Accelerator) -> Tensor:
+    """Accumulate the gradient of the step's loss; returns this process's sums of the loss and of the metrics, fp64.
+
+    DDP reduces gradients once, after the last micro-batch. FSDP2 does after each, so that no process ever holds all
+    of them.
+    """
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    sums = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=accelerator.device)
+    count = objective.count(batches.ids)
+    for i, batch in enumerate(batches.micro):
+        reduce_now = sharded or i + 1 == len(batches.micro)
+        with contextlib.nullcontext() if reduce_now else accelerator.no_sync(model):
+            loss, metrics = objective(model(**batch.inputs), batch.ids)
+            sums += torch.stack([x.detach().double() for x in (loss, *metrics)])
+            # DDP and FSDP2 average over the processes: undo that, since `count` already counts all of them
+            accelerator.backward(loss * (accelerator.num_processes / count))
+    return sums
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The L2 norm of all gradients together, a scalar; a DTensor where FSDP2 shards them.
+
+    No gradient outlives the call: a list of them that a training loop keeps would hold their memory through the next
+    forward and backward pass.
+    """
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip(parameters: list[nn.Parameter], max_norm: float) -> tuple[float, float]:
+    """Clip the gradients to an L2 norm of max_norm; 0, and gradients that are not finite, leave them as they are.
+
+    Returns:
+        The norm before, and the factor by which the gradients were multiplied.
+    """
+    norm = gradient_norm(parameters)
+    value = to_float(norm)
+    if not max_norm or not math.isfinite(value):
+        return value, 1.0
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return value, min(1.0, max_norm / (value + 1e-6))
+
+
+def to_float(norm: Tensor) -> float:
+    """The value of a norm, also of sharded gradients."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+@torch.no_grad()
+def evaluation_loss(
+    config: TrainConfig,
+    model: nn.Module,
+    held_out: Examples,
+    packed: bool,
+    objective: Objective,
+    accelerator: Accelerator,
+) -> float | None:
+    """The objective's loss on the held-out examples: for SFT the mean cross-entropy per trained token, in nats.
+
+    None where none are held out.
+    """
+    if not len(held_out):
+        return None
+    model = accelerator.unwrap_model(model).eval()
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for batch in distribute(config, held_out, np.arange(len(held_out)), packed, accelerator):
+        total += objective(model(**batch.inputs), batch.ids)[0]
+    model.train()
+    return accelerator.reduce(total, "sum").item() / objective.count(np.arange(len(held_out)))
