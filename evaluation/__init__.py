@@ -1,1 +1,1 @@
-"""What eval.py is made of, beside tasks/: completions, log-probabilities, scores."""
+"""What eval.py is made of, beside tasks/: runs of tasks, requests, completions and log-probabilities, scores."""

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from common.config import EvalConfig, UserError
 from common.hub import from_pretrained
 
-LOOK_EVERY, LONGEST_STOP = 8, 16  # look for stop strings every 8 tokens; a stop string has at most 16 tokens
+STOP_INTERVAL, LONGEST_STOP = 8, 16  # tokens between looks for stop strings; tokens of a stop string at most
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Model:
     context: float  # tokens that fit, or infinity
 
 
-def load_model(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Model:
+def load_for_generation(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Model:
     """The model of a folder or Hub id.
 
     Raises:
@@ -82,7 +82,9 @@ def generate(
     """
     rows = continue_rows(model, prompts, decoding, seeds, batch_size)
     return [
-        {"completion": "", "tokens": 0, "finish": "too_long"} if new is None else finish(model, p, new, decoding.stop)
+        {"completion": "", "tokens": 0, "finish": "too_long"}
+        if new is None
+        else decode_completion(model, p, new, decoding.stop)
         for p, new in zip(prompts, rows, strict=True)
     ]
 
@@ -108,12 +110,12 @@ def continue_rows(
     """
     most = [min(decoding.max_new_tokens, model.context - len(p)) for p in prompts]
     new: list[list[int] | None] = [[] if room > 0 else None for room in most]
-    generators = [torch.Generator().manual_seed(_seed(s)) for s in seeds] if decoding.temperature else []
+    generators = [torch.Generator().manual_seed(_hash(s)) for s in seeds] if decoding.temperature else []
 
-    def goes_on(r: int) -> bool:
-        looks = decoding.stop and len(new[r]) % LOOK_EVERY == 0
+    def is_unfinished(r: int) -> bool:
+        due = decoding.stop and len(new[r]) % STOP_INTERVAL == 0
         ended = new[r][-1] in model.ends or len(new[r]) >= most[r]
-        return not ended and not (looks and _stopped(model, new[r], decoding))
+        return not ended and not (due and _has_stopped(model, new[r], decoding))
 
     def step(batch: Batch) -> None:
         """One more token for each row; rows that have ended are gone."""
@@ -125,14 +127,14 @@ def continue_rows(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens = choose(logits, decoding, [generators[r] for r in batch.rows] if generators else [])
+        tokens = next_tokens(logits, decoding, [generators[r] for r in batch.rows] if generators else [])
         for r, token in zip(batch.rows, tokens.tolist(), strict=True):
             new[r].append(token)
         batch.input_ids = tokens[:, None]
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
-        keep = [i for i, r in enumerate(batch.rows) if goes_on(r)]
+        keep = [i for i, r in enumerate(batch.rows) if is_unfinished(r)]
         if len(keep) < len(batch.rows):
-            narrow(batch, keep)
+            keep_rows(batch, keep)
 
     waiting = [r for r, row in enumerate(new) if row is not None]
     running = None
@@ -142,7 +144,7 @@ def continue_rows(
             fresh, waiting = waiting[:free], waiting[free:]
             batch = Batch(fresh, *pad_left(model, [prompts[r] for r in fresh]), DynamicCache())
             step(batch)
-            running = join(running, batch) if running and batch.rows else running or batch
+            running = concatenate(running, batch) if running and batch.rows else running or batch
         else:
             step(running)
         if not running.rows:
@@ -150,7 +152,7 @@ def continue_rows(
     return new
 
 
-def narrow(batch: Batch, keep: list[int]) -> None:
+def keep_rows(batch: Batch, keep: list[int]) -> None:
     """Keep these rows of a batch, and drop its first columns if they are padding in all of them."""
     kept = torch.tensor(keep, dtype=torch.long, device=batch.mask.device)
     batch.rows, batch.input_ids, batch.mask = [batch.rows[i] for i in keep], batch.input_ids[kept], batch.mask[kept]
@@ -160,7 +162,7 @@ def narrow(batch: Batch, keep: list[int]) -> None:
         layer.keys, layer.values = layer.keys[kept, :, padding:], layer.values[kept, :, padding:]
 
 
-def join(a: Batch, b: Batch) -> Batch:
+def concatenate(a: Batch, b: Batch) -> Batch:
     """One batch of the rows of two, the narrower one padded on the left."""
     width = max(a.mask.shape[1], b.mask.shape[1])
     mask = torch.cat([pad(x.mask, (width - x.mask.shape[1], 0)) for x in (a, b)])
@@ -171,7 +173,7 @@ def join(a: Batch, b: Batch) -> Batch:
     return Batch(a.rows + b.rows, torch.cat([a.input_ids, b.input_ids]), mask, a.cache)
 
 
-def choose(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]) -> Tensor:
+def next_tokens(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]) -> Tensor:
     """The next token of each row, (rows,) int64, of logits (rows, vocabulary): the largest, or a sampled one.
 
     Sampling is from the smallest set of most probable tokens whose probabilities sum to top_p; each row draws its
@@ -190,22 +192,22 @@ def choose(logits: Tensor, decoding: Decoding, generators: list[torch.Generator]
     return place.clamp(max=p.shape[-1] - 1).squeeze(-1)
 
 
-def _seed(text: str) -> int:
+def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _stopped(model: Model, new: list[int], decoding: Decoding) -> bool:
-    tail = model.tokenizer.decode(new[-(LOOK_EVERY + LONGEST_STOP) :])
+def _has_stopped(model: Model, new: list[int], decoding: Decoding) -> bool:
+    tail = model.tokenizer.decode(new[-(STOP_INTERVAL + LONGEST_STOP) :])
     return any(s in tail for s in decoding.stop)
 
 
-def finish(model: Model, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> dict[str, Any]:
+def decode_completion(model: Model, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> dict[str, Any]:
     """Cut generated ids at the end of sequence, decode them after their prompt, cut the text at a stop string."""
     end = next((i for i, t in enumerate(new) if t in model.ends), None)
     ids = new[:end]
     # Decoded together with the prompt: some tokenizers drop the space that a text begins with.
-    before, whole = (model.tokenizer.decode(i, skip_special_tokens=True) for i in (prompt, prompt + ids))
-    text = whole[len(before) :] if whole.startswith(before) else model.tokenizer.decode(ids, skip_special_tokens=True)
+    before, both = (model.tokenizer.decode(i, skip_special_tokens=True) for i in (prompt, prompt + ids))
+    text = both[len(before) :] if both.startswith(before) else model.tokenizer.decode(ids, skip_special_tokens=True)
     cut = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
     why = "stop" if cut is not None else "eos" if end is not None else "length"
     return {"completion": text[:cut], "tokens": len(ids), "finish": why}

@@ -12,26 +12,26 @@ from common.config import UserError
 from tasks.task import Options, Task
 
 
-def score(path: Path, task: Task, format: str, items: list[dict] | None, options: Options) -> dict[str, Any]:
+def score(path: Path, task: Task, format_name: str, items: list[dict] | None, options: Options) -> dict[str, Any]:
     """Judge the answers in a file of JSON lines, write the verdicts beside them, and sum them up.
 
     Args:
-        format: the word of the prompts' format.
+        format_name: the word of the prompts' format.
         items: what the answers are judged by; None: the items that are stored with them.
     Raises:
         UserError: the file is damaged.
     """
     lines = read_lines(path)
-    said = "logprobs" if task.candidates else "completions"
-    if not lines or any(said not in line or "item" not in line for line in lines):
-        raise UserError(f"{path}: expected lines with item and {said}: delete it and generate it again")
+    answer = "logprobs" if task.candidates else "completions"
+    if not lines or any(answer not in line or "item" not in line for line in lines):
+        raise UserError(f"{path}: expected lines with item and {answer}: delete it and generate it again")
     items = items or [line["item"] for line in lines]
     if len(items) != len(lines):
         raise UserError(f"{path} has {len(lines)} lines for {len(items)} items: delete it and generate it again")
-    verdicts = task.judge(items, [{**line, "format": format} for line in lines], options)
+    verdicts = task.judge(items, [{**line, "format": format_name} for line in lines], options)
     for line, verdict in zip(lines, verdicts, strict=True):
         line.update(verdict)
-        if too_long(line):
+        if is_too_long(line):
             line.update(dict.fromkeys(task.metrics, 0))
     write_lines(path, lines)
     groups = [task.group(item) for item in items] if task.group else [""] * len(items)
@@ -43,14 +43,14 @@ def score(path: Path, task: Task, format: str, items: list[dict] | None, options
         "nothing_extracted": sum(line.get("extracted", "") is None for line in lines),
         "timeouts": sum(line.get("timeouts", 0) for line in lines),
         "crashes": sum(line.get("crashes", 0) for line in lines),
-        **({"sandbox": lines[0]["sandbox"]} if "sandbox" in lines[0] else {}),  # of programs
+        **({"sandbox": lines[0]["sandbox"]} if "sandbox" in lines[0] else {}),  # only of programs
         "cut_at_length": sum(why == "length" for line in lines for why in line.get("finish", [])),
-        "prompt_too_long": sum(map(too_long, lines)),
+        "prompt_too_long": sum(map(is_too_long, lines)),
         **run_folder.environment(),
     }
 
 
-def too_long(line: dict[str, Any]) -> bool:
+def is_too_long(line: dict[str, Any]) -> bool:
     """Whether an item's prompt left no room in the context; it counts as wrong."""
     return line.get("logprobs", 0) is None or "too_long" in line.get("finish", [])
 

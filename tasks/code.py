@@ -5,7 +5,6 @@ format: a base model goes on with the prompt, a chat model writes the whole prog
 """
 
 import ast
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from common.templates import MAGICODER
 from sandbox import run as sandbox
 from sandbox.run import Job
+from tasks.metrics import per_item
 from tasks.sanitize import parse, sanitize
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
@@ -240,11 +240,6 @@ def evalplus_job(item: dict, program: str) -> Job:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Probability that one of k completions, drawn from n of which some are correct, is (Chen et al. 2021, eq. 1)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
 def in_sandbox(
     program: Callable[[dict, str, str], str], job: Callable[[dict, str], Job], metrics: dict[str, tuple[str, int]]
 ) -> Judge:
@@ -265,18 +260,25 @@ def in_sandbox(
         different = list(dict.fromkeys((i, text) for i, texts in enumerate(programs) for text in texts))
         jobs = [job(items[i], text) for i, text in different]
         verdicts = dict(zip(different, sandbox.run_all(jobs, options.workers, unsafe, show="judging"), strict=True))
+        of_items = [[verdicts[i, text] for text in texts] for i, texts in enumerate(programs)]
+        scores = {name: pass_at_k(of_items, group, k) for name, (group, k) in metrics.items()}
         return [
-            summary([verdicts[i, text] for text in texts], texts, metrics, unsafe) for i, texts in enumerate(programs)
+            {**{name: scores[name][i] for name in metrics}, **summary(of_items[i], texts, unsafe)}
+            for i, texts in enumerate(programs)
         ]
 
     return judge
 
 
-def summary(verdicts: list[dict], programs: list[str], metrics: dict[str, tuple[str, int]], unsafe: bool) -> dict:
-    """The verdict on an item from those on the programs of its samples."""
-    correct = {group: sum(v.get(group) == "passed" for v in verdicts) for group, _ in metrics.values()}
+def pass_at_k(verdicts: list[list[dict]], group: str, k: int) -> list[float]:
+    """pass@k of each item, from the verdicts on the programs of its samples."""
+    passed = [[verdict.get(group) == "passed" for verdict in samples] for samples in verdicts]
+    return per_item("pass_at_k", predictions=passed, k=k)[f"pass@{k}"]
+
+
+def summary(verdicts: list[dict], programs: list[str], unsafe: bool) -> dict:
+    """What is worth storing of the verdicts on the programs of an item's samples."""
     return {
-        **{name: pass_at_k(len(verdicts), correct[group], k) for name, (group, k) in metrics.items()},
         "extracted": programs if any(text.strip() for text in programs) else None,
         "verdicts": verdicts,
         "timeouts": sum(map(sandbox.timed_out, verdicts)),
@@ -285,7 +287,7 @@ def summary(verdicts: list[dict], programs: list[str], metrics: dict[str, tuple[
     }
 
 
-def check(options: Options) -> None:
+def preflight(options: Options) -> None:
     sandbox.check(options.allow_unsafe_code)
 
 
@@ -309,7 +311,7 @@ def evalplus(name: str, load: Callable, stop: tuple[str, ...], magicoder: Callab
         max_new_tokens=768,
         versions=versions,
         judge_needs_data=True,
-        check=check,
+        preflight=preflight,
     )
 
 
@@ -327,7 +329,7 @@ def sampled(name: str, k: int, temperature: float) -> Task:
         temperature=temperature,
         top_p=0.95,
         versions={164: "HumanEval"},
-        check=check,
+        preflight=preflight,
     )
 
 
@@ -347,7 +349,7 @@ HUMANEVAL = Task(
     metrics=("pass@1",),
     max_new_tokens=1024,
     versions={164: "HumanEval"},
-    check=check,
+    preflight=preflight,
 )
 
 MBPP = Task(
@@ -359,5 +361,5 @@ MBPP = Task(
     metrics=("pass@1",),
     max_new_tokens=1024,
     versions={500: "full/test"},
-    check=check,
+    preflight=preflight,
 )

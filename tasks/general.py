@@ -10,17 +10,15 @@ import json
 import math
 import random
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from common.config import UserError, nearest
-from tasks.math_rules import exact_match
+from tasks.metrics import per_item
 from tasks.source import Source
-from tasks.task import Answer, Chat, Format, Options, Task, each, render
+from tasks.task import Answer, Chat, Format, Options, Task, render
 
 HERE = Path(__file__).parent
 
@@ -154,10 +152,17 @@ def bbh_answer(completion: str) -> str:
     return found.group(1).strip() if found else completion.strip()
 
 
-def score_bbh(item: dict, completion: str) -> dict:
+def judge_bbh(items: list[dict], answers: list[Answer], options: Options) -> list[dict]:
     """Quirk of the rule, kept: punctuation does not count, so that brackets are compared by the spaces between them."""
-    extracted = bbh_answer(completion)
-    return {"extracted": extracted, "gold": item["target"], "correct": exact_match(extracted, item["target"])}
+    extracted = [bbh_answer(answer["completions"][0]) for answer in answers]
+    targets = [item["target"] for item in items]
+    matches = per_item(
+        "exact_match", predictions=extracted, references=targets, ignore_case=True, ignore_punctuation=True
+    )["exact_match"]
+    return [
+        {"extracted": answer, "gold": target, "correct": match}
+        for answer, target, match in zip(extracted, targets, matches, strict=True)
+    ]
 
 
 def bbh(name: str, examples: Callable[[str], str]) -> Task:
@@ -173,7 +178,7 @@ def bbh(name: str, examples: Callable[[str], str]) -> Task:
             "tulu": Format(lambda item, _: Chat(question(item), "A:"), ("\n\n",)),
             "chat": Format(lambda item, _: Chat(question(item), "A:"), ("\n\n",)),
         },
-        judge=each(score_bbh),
+        judge=judge_bbh,
         max_new_tokens=512,
         versions={6511: "27 tasks", 1080: "40 of each of 27 tasks"},
         group=lambda item: item["task"],
@@ -274,28 +279,15 @@ def tydiqa_prompt(item: dict, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
     return f"{words['instruction']}\n\n{shot}\n\n{asked(item)}", words["answer"]
 
 
-def squad_words(text: str) -> list[str]:
-    """SQuAD's normal form: lower case, no punctuation (of ASCII), no English articles."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def squad_f1(answer: str, gold: str) -> float:
-    """F1 of the words of two answers."""
-    said, wanted = squad_words(answer), squad_words(gold)
-    common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
-
-
-def score_tydiqa(item: dict, completion: str) -> dict:
+def judge_tydiqa(items: list[dict], answers: list[Answer], options: Options) -> list[dict]:
     """The best F1 and exact match over the gold answers."""
-    said = completion.strip()
-    return {
-        "extracted": said,
-        "gold": item["answers"],
-        "f1": max(squad_f1(said, gold) for gold in item["answers"]),
-        "exact_match": any(squad_words(said) == squad_words(gold) for gold in item["answers"]),
-    }
+    extracted = [answer["completions"][0].strip() for answer in answers]
+    golds = [item["answers"] for item in items]
+    values = per_item("squad_f1", predictions=extracted, references=golds)
+    return [
+        {"extracted": answer, "gold": gold, "f1": f1, "exact_match": match}
+        for answer, gold, f1, match in zip(extracted, golds, values["f1"], values["exact_match"], strict=True)
+    ]
 
 
 TYDIQA = Task(
@@ -307,7 +299,7 @@ TYDIQA = Task(
         "tulu": Format(lambda item, tokenizer: Chat(*tydiqa_prompt(item, tokenizer))),
         "chat": Format(lambda item, tokenizer: Chat(*tydiqa_prompt(item, tokenizer))),
     },
-    judge=each(score_tydiqa),
+    judge=judge_tydiqa,
     metrics=("f1", "exact_match"),
     max_new_tokens=50,
     versions={5077: "GoldP v1.1, 9 languages", 900: "GoldP v1.1, 100 of each of 9 languages"},

@@ -1,6 +1,6 @@
 """Mathematics: GSM8K and MATH as MetaMath scores them, GSM8K with 8 examples as open-instruct does.
 
-Beside each paper's own rule stands math-verify's verdict. Both are reached in worker processes with a deadline.
+Beside each paper's own rule stands math-verify's verdict. What could hang runs in worker processes with a deadline.
 """
 
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from common.templates import ALPACA
 from sandbox import workers
-from tasks.math_rules import last_boxed
+from tasks.math_rules import last_boxed, open_instruct_number
+from tasks.metrics import per_item
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
 
@@ -19,34 +20,42 @@ from tasks.task import Answer, Chat, Format, Judge, Options, Task
 METAMATH_STOP = tuple(
     s for word in ("Question", "USER", "ASSISTANT", "Instruction", "Response") for s in (word + ":", word)
 )
+Result = tuple[dict | None, str]  # of a rule, or why there is none: workers.TIMEOUT or CRASH
 RULES = Path(__file__).with_name("math_rules.py")
 
 
 def judged_by(rule: str, gold: Callable[[dict], object]) -> Judge:
-    """A judge with two metrics: `correct` by a rule of math_rules.py, and `math_verify`.
-
-    A verdict that takes more than 5 s of processor time or 2 GiB is "wrong", and is counted.
-    """
+    """A judge with two metrics: `correct` by a rule of math_rules.py, and `math_verify`."""
 
     def judge(items: list[dict], answers: list[Answer], options: Options) -> list[dict]:
-        pairs = [(a["completions"][0], str(gold(item))) for item, a in zip(items, answers, strict=True)]
-        calls = [(r, *pair) for r in (rule, "math_verify") for pair in pairs]
-        results = workers.call_all(RULES, "apply", calls, options.workers)
-        return [
-            {
-                "extracted": own["extracted"] if own else None,
-                "gold": pair[1],
-                "correct": bool(own and own["correct"]),
-                "math_verify": bool(other and other["correct"]),
-                "timeouts": [failed, other_failed].count(workers.TIMEOUT),
-                "crashes": [failed, other_failed].count(workers.CRASH),
-            }
-            for pair, (own, failed), (other, other_failed) in zip(
-                pairs, results[: len(pairs)], results[len(pairs) :], strict=True
-            )
-        ]
+        pairs = [(answer["completions"][0], str(gold(item))) for item, answer in zip(items, answers, strict=True)]
+        by_rule, by_library = apply_in_workers([rule, "math_verify"], pairs, options)
+        return [verdict(*of_item) for of_item in zip(pairs, by_rule, by_library, strict=True)]
 
     return judge
+
+
+def apply_in_workers(rules: list[str], pairs: list[tuple[str, str]], options: Options) -> list[list[Result]]:
+    """For each rule: its result on each pair (completion, gold).
+
+    One that takes more than 5 s of processor time or 2 GiB fails.
+    """
+    calls = [(rule, *pair) for rule in rules for pair in pairs]
+    results = workers.call_all(RULES, "apply", calls, options.workers)
+    return [results[i * len(pairs) : (i + 1) * len(pairs)] for i in range(len(rules))]
+
+
+def verdict(pair: tuple[str, str], by_rule: Result, by_library: Result) -> dict:
+    """The verdict on an item. A rule that failed says "wrong", and is counted."""
+    (result, failure), (library_result, library_failure) = by_rule, by_library
+    return {
+        "extracted": result["extracted"] if result else None,
+        "gold": pair[1],
+        "correct": bool(result and result["correct"]),
+        "math_verify": bool(library_result and library_result["correct"]),
+        "timeouts": [failure, library_failure].count(workers.TIMEOUT),
+        "crashes": [failure, library_failure].count(workers.CRASH),
+    }
 
 
 def metamath_prompt(text: str) -> str:
@@ -108,6 +117,27 @@ def load_gsm8k_8shot(source: Source) -> list[dict]:
     return random.Random(42).sample(items, 200) if source.published and len(items) > 200 else items
 
 
+def judge_gsm8k_8shot(items: list[dict], answers: list[Answer], options: Options) -> list[dict]:
+    """`correct`: the last number of the completion, or all of it, equals the gold without case and punctuation.
+
+    Quirks of the rule, kept: a minus sign and a decimal point are punctuation, so -5 is 5 and 0.5 is 05.
+    """
+    pairs = [(answer["completions"][0], open_instruct_gold(item)) for item, answer in zip(items, answers, strict=True)]
+    numbers = [open_instruct_number(completion) for completion, _ in pairs]
+    matches = per_item(
+        "exact_match",
+        predictions=[text for _, text in numbers],
+        references=[gold for _, gold in pairs],
+        ignore_case=True,
+        ignore_punctuation=True,
+    )["exact_match"]
+    by_rule = [
+        ({"extracted": number, "correct": match}, "") for (number, _), match in zip(numbers, matches, strict=True)
+    ]
+    (by_library,) = apply_in_workers(["math_verify"], pairs, options)
+    return [verdict(*of_item) for of_item in zip(pairs, by_rule, by_library, strict=True)]
+
+
 GSM8K_8SHOT = Task(
     name="gsm8k_8shot",
     protocol="open_instruct",
@@ -117,7 +147,7 @@ GSM8K_8SHOT = Task(
         "tulu": Format(lambda item, _: Chat(open_instruct_question(item), "Answer:")),
         "chat": Format(lambda item, _: Chat(open_instruct_question(item), "Answer:")),
     },
-    judge=judged_by("open_instruct_gsm8k", open_instruct_gold),
+    judge=judge_gsm8k_8shot,
     metrics=("correct", "math_verify"),
     max_new_tokens=512,
     versions={1319: "main/test", 200: "main/test, the published 200"},

@@ -4,7 +4,6 @@ This file imports the standard library alone (and math-verify where it is called
 """
 
 import re
-import string
 
 PHRASE = "The answer is: "  # that MetaMath's answers end in
 
@@ -138,25 +137,14 @@ def metamath_math(completion: str, gold: str) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_instruct_gsm8k(completion: str, gold: str) -> dict:
-    """The last number of the completion, or all of it, equals the gold once punctuation is deleted from both.
+def open_instruct_number(completion: str) -> tuple[str | None, str]:
+    """The last number of a completion, or None, and the text that is compared: the number, or the whole completion.
 
-    Quirks of the rule, kept: a minus sign and a decimal point are punctuation, so -5 is 5 and 0.5 is 05.
+    Commas between digits are taken away first. A sign belongs to numbers with a decimal point alone.
     """
     text = re.sub(r"(\d),(\d)", r"\1\2", completion)
     numbers = re.findall(r"[-+]?\d*\.\d+|\d+", text)
-    return {
-        "extracted": numbers[-1] if numbers else None,
-        "correct": exact_match(numbers[-1] if numbers else text, gold),
-    }
-
-
-def exact_match(a: str, b: str) -> bool:
-    """`exact_match` of the evaluate library with ignore_case and ignore_punctuation."""
-    return a.lower().translate(_NO_PUNCTUATION) == b.lower().translate(_NO_PUNCTUATION)
-
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+    return (numbers[-1], numbers[-1]) if numbers else (None, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,6 +174,5 @@ def prepare() -> None:
 RULES = {
     "metamath_gsm8k": metamath_gsm8k,
     "metamath_math": metamath_math,
-    "open_instruct_gsm8k": open_instruct_gsm8k,
     "math_verify": math_verify,
 }

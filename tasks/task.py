@@ -73,7 +73,7 @@ class Task:
     group: Callable[[dict], str] | None = None  # scores are reported per group, too (a subject, a language)
     macro: bool = False  # the score is the unweighted mean over groups, not over items
     judge_needs_data: bool = False  # the judge uses "_" keys: --score_only reads the data again
-    check: Callable[[Options], None] | None = None  # raises UserError where this machine cannot judge
+    preflight: Callable[[Options], None] | None = None  # raises UserError where this machine cannot judge
 
 
 def tulu(chat: Chat) -> str:
@@ -99,9 +99,9 @@ def render(prompt: "str | Chat", format: str, tokenizer: PreTrainedTokenizerBase
     if not prompt.prefix:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:  # the answer's beginning, cut where it goes on: templates strip and close what they are given
-        mark = "<<goes on>>"
-        messages.append({"role": "assistant", "content": prompt.prefix + mark})
-        text = tokenizer.apply_chat_template(messages, tokenize=False).partition(mark)[0]
+        marker = "<<goes on>>"
+        messages.append({"role": "assistant", "content": prompt.prefix + marker})
+        text = tokenizer.apply_chat_template(messages, tokenize=False).partition(marker)[0]
     return text.removeprefix(tokenizer.bos_token or "")
 
 

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import random
-from fractions import Fraction
 
 import pytest
 from conftest import DATA, make_model, needs_data, needs_sandbox, write_rows
@@ -17,7 +16,7 @@ from sandbox import run as sandbox
 from scripts.reproduce import reduced
 from scripts.reproduce.reduced import HUMANEVAL_PLUS_ROW, HUMANEVAL_ROW, MBPP_CODE, MBPP_PROMPT, STUB, mbpp_row
 from tasks import GROUPS, TASKS
-from tasks.code import evalplus_job, evalplus_program, humaneval_job, mbpp_job, pass_at_k
+from tasks.code import evalplus_job, evalplus_program, humaneval_job, mbpp_job
 from tasks.sanitize import longest_code, parse, sanitize
 from tasks.source import Source
 from tasks.task import Chat, Options, render
@@ -220,13 +219,6 @@ def test_programs_of_each_format():
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
-
-
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
-    for n, correct, k in [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 1, 4), (6, 5, 2), (4, 4, 2)]:
-        draws = list(itertools.combinations([i < correct for i in range(n)], k))
-        assert pass_at_k(n, correct, k) == pytest.approx(float(Fraction(sum(map(any, draws)), len(draws))), abs=1e-15)
-    assert pass_at_k(20, 1, 10) == 0.5 and pass_at_k(20, 10, 10) == pytest.approx(1 - 1 / 184756)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from torch import nn
 
 import eval as evaluation
 import gmt
-import tasks
 import train
 from common.config import EvalConfig, TrainConfig, parse, reference
 from scripts.drop import DropConfig
@@ -86,7 +85,6 @@ def test_a_rule_of_ones_own(monkeypatch):
 
 def test_a_benchmark_of_ones_own(monkeypatch, tmp_path, model_dir):
     monkeypatch.setattr("tasks.TASKS", dict(TASKS))
-    monkeypatch.setattr(evaluation, "TASKS", tasks.TASKS)
     exec(python_with("load_capitals"), {})
     items = [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}]
     file = write_rows(tmp_path / "capitals.jsonl", items)

@@ -69,7 +69,7 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_di
 
 
 class Scripted:
-    """A tokenizer whose ids are characters, for `finish`."""
+    """A tokenizer whose ids are characters, for `decode_completion`."""
 
     def decode(self, ids, skip_special_tokens):
         return "".join(chr(i) for i in ids if i)
@@ -86,9 +86,9 @@ class Scripted:
         (" lead", " lead", 5, "length"),
     ],
 )
-def test_finish(new, completion, tokens, why):
+def test_decode_completion(new, completion, tokens, why):
     scripted = generation.Model(None, Scripted(), frozenset({0}), 0, 512)
-    got = generation.finish(scripted, [65, 66], [ord(c) for c in new], METAMATH_STOP)
+    got = generation.decode_completion(scripted, [65, 66], [ord(c) for c in new], METAMATH_STOP)
     assert got == {"completion": completion, "tokens": tokens, "finish": why}
 
 
@@ -251,14 +251,15 @@ def test_the_hub_is_asked_for_the_right_split(monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
     with pytest.raises(UserError, match=r"dataset openai/gsm8k, split test: no local path, and neither Hub nor cache"):
-        evaluation.load_items(evaluation.choose_tasks(config.EvalConfig(["gsm8k"], "o"))[0], 0)
+        evaluation.choose_tasks(config.EvalConfig(["gsm8k"], "o"))[0].load_items(0)
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
 def test_every_key_of_eval_is_used():
     import dataclasses
 
-    source = Path(evaluation.__file__).read_text()
+    files = [Path(evaluation.__file__), *Path(generation.__file__).parent.glob("*.py")]
+    source = "".join(file.read_text() for file in files)
     for field in dataclasses.fields(config.EvalConfig):
         assert f"config.{field.name}" in source, field.name
 

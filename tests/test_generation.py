@@ -26,6 +26,8 @@ from transformers import (
 import eval as evaluation
 from evaluation import generation
 from evaluation.generation import Decoding, Scored
+from evaluation.requests import encode, make_requests
+from evaluation.task_run import TaskRun
 from tasks import TASKS
 from tasks.task import Chat, Format, each, render
 
@@ -128,14 +130,14 @@ def test_sampling_is_from_the_nucleus():
     decoding = Decoding(1, temperature=0.5, top_p=0.8)
     n = 20_000
     generators = [torch.Generator().manual_seed(i) for i in range(n)]
-    counts = Counter(generation.choose(logits.expand(n, -1), decoding, generators).tolist())
+    counts = Counter(generation.next_tokens(logits.expand(n, -1), decoding, generators).tolist())
     assert set(counts) == set(nucleus)
     expected = p[nucleus] / p[nucleus].sum()
     for token in nucleus:
         error = (float(expected[token]) * (1 - float(expected[token])) / n) ** 0.5
         assert abs(counts[token] / n - float(expected[token])) < 4 * error
     everything = Decoding(1, temperature=0.5)
-    counts = Counter(generation.choose(logits.expand(n, -1), everything, generators).tolist())
+    counts = Counter(generation.next_tokens(logits.expand(n, -1), everything, generators).tolist())
     assert abs(counts[2] / n - float(p[2])) < 4 * (float(p[2]) / n) ** 0.5 and 3 in counts
 
 
@@ -169,7 +171,7 @@ def test_exactly_one_bos(folder):
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     text = render(Chat("hello"), "chat", tokenizer)
     for given in (text, "hello", "<bos>hello"):
-        (ids,) = evaluation.encode(tokenizer, [given])
+        (ids,) = encode(tokenizer, [given])
         assert ids[0] == 0 and ids.count(0) == 1 and tokenizer.decode(ids, skip_special_tokens=True) == "hello"
 
 
@@ -233,11 +235,12 @@ def test_a_candidate_that_the_tokenizer_merges_with_the_prompt_keeps_a_token(fol
     """The candidate begins where the prompt's own tokens end, as in open-instruct; at least one token is scored."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     task = dataclasses.replace(TASKS["truthfulqa"], candidates=lambda item: ["It is.", ""])
-    job = evaluation.Job(task, "base", None, [{}])
+    run = TaskRun(task, "base", None, [{}])
     text = "Is it?\nA: "  # ends in a space: none is put between, and an empty candidate adds nothing
-    (prompt,) = evaluation.encode(tokenizer, [text])
-    whole, empty = evaluation.rows_of(job, [text], [prompt], tokenizer)
-    assert whole.start == min(len(prompt), len(whole.ids) - 1)
+    (prompt,) = encode(tokenizer, [text])
+    requests = make_requests(run, [text], [prompt], tokenizer)
+    candidate, empty = sorted(requests, key=lambda request: request.part)
+    assert candidate.start == min(len(prompt), len(candidate.ids) - 1)
     assert empty.start < len(empty.ids)
 
 

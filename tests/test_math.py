@@ -18,7 +18,6 @@ from tasks.math_rules import (
     metamath_math,
     metamath_number,
     normalise,
-    open_instruct_gsm8k,
 )
 from tasks.source import Source
 from tasks.task import Options
@@ -201,7 +200,8 @@ def test_normaliser_is_lm_evals():
     ],
 )
 def test_open_instruct_gsm8k(completion, gold, correct, extracted):
-    assert open_instruct_gsm8k(completion, gold) == {"extracted": extracted, "correct": correct}
+    (got,) = verdicts(TASKS["gsm8k_8shot"], [{"answer": f"#### {gold}"}], [completion])
+    assert (got["extracted"], got["correct"]) == (extracted, correct)
 
 
 def test_8_shot_prompt_to_the_letter():

@@ -139,11 +139,11 @@ def test_a_task_of_several_files_takes_no_single_one(words, monkeypatch):
         evaluation.main(words)
 
 
-def test_the_check_of_a_task_comes_before_anything_is_loaded(words, monkeypatch):
-    def check(options):
+def test_the_preflight_of_a_task_comes_before_anything_is_loaded(words, monkeypatch):
+    def preflight(options):
         raise UserError(f"no sandbox, {options.workers} workers, {options.allow_unsafe_code}")
 
-    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], check=check))
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], preflight=preflight))
     with pytest.raises(UserError, match="no sandbox, 5 workers, True"):
         evaluation.main([*words, "--model", "no/such", "--workers", "5", "--allow_unsafe_code"])
 
