@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common import run_folder
+from common import integrity, run_folder
 from common.config import EvalConfig, UserError, nearest, parse, run_main
 from common.hub import from_pretrained, is_local
 from common.templates import encode_prompts
@@ -177,6 +177,8 @@ def answer_all(config: EvalConfig, folder: Path, jobs: list[Job], accelerator: A
     with accelerator.local_main_process_first():
         for job in jobs:
             job.items = load_items(job, config.limit)
+    if is_local(config.model):
+        integrity.verify(Path(config.model), "model")
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     texts = {job.name: prompts_of(job, tokenizer) for job in jobs}
     prompts = {name: encode(tokenizer, prompts) for name, prompts in texts.items()}

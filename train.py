@@ -125,11 +125,11 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     }
     accelerator.register_for_checkpointing(masker)  # the masks of grad_square; nothing for the other rules
     progress = open_folder(config, folder, description, accelerator, optimizer)
-    if progress["step"] > total_steps:
-        raise UserError(f"resume: the checkpoint is of step {progress['step']}, this run ends after {total_steps}")
-    if config.resume and checkpoint.is_complete(folder / "final"):
+    if progress is None:
         say(f"this run is finished: {folder / 'final'} is there")
         return {}
+    if progress["step"] > total_steps:
+        raise UserError(f"resume: the checkpoint is of step {progress['step']}, this run ends after {total_steps}")
     if config.objective == "dpo" and accelerator.is_main_process:
         reference.save(folder / run_folder.REFERENCE, logps, mark)
     log = run_folder.Log(folder, progress["step"], accelerator, config)
@@ -416,25 +416,32 @@ def refuse_changes(config: TrainConfig, folder: Path, new: dict[str, Any]) -> No
 
 def open_folder(
     config: TrainConfig, folder: Path, description: dict, accelerator: Accelerator, optimizer
-) -> dict[str, Any]:
-    """Write run.json, or compare it and load the latest checkpoint; returns step, tokens, skipped_steps."""
+) -> dict[str, Any] | None:
+    """Write run.json, or compare it and load the latest checkpoint.
+
+    Returns:
+        step, tokens, skipped_steps; None where the run that is to be resumed is finished.
+    """
     progress = {"step": 0, "tokens": 0, "skipped_steps": 0}
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if config.resume:
         refuse_changes(config, folder, description)
-        if checkpoint.is_complete(folder / "final"):
-            return progress
+        if checkpoint.is_finished(accelerator, folder / "final"):
+            return None
         source = checkpoint.latest(accelerator, folder / "checkpoints")
-        progress = checkpoint.load(accelerator, source)
-        for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
-            group.update(hyperparameters)  # those of this configuration, should it have been changed
-        accelerator.print(f"resumed from {source}")
+        if source:
+            progress = checkpoint.load(accelerator, source)
+            for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
+                group.update(hyperparameters)  # those of this configuration, should it have been changed
+        accelerator.print(f"resumed from {source}" if source else f"{folder} holds no checkpoint: starting at step 0")
         old = run_folder.read_json(folder / run_folder.RUN)
         description = {**old, "resumed": [*old.get("resumed", []), {"step": progress["step"], **description}]}
     accelerator.wait_for_everyone()  # all have read what is now written or deleted
     if accelerator.is_main_process:
         if config.overwrite:
             run_folder.clear(folder)
+        if config.resume:
+            checkpoint.clean(folder / "checkpoints", source, config.keep_checkpoints)
         run_folder.write_json(folder / run_folder.RUN, description)
     accelerator.wait_for_everyone()
     return progress

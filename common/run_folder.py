@@ -75,7 +75,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run made in its folder, but for run.json, the mark of a run, which the next one replaces.
+    """Delete what a run made in its folder. run.json, by which it is known as a run's, stays until it is replaced.
 
     Raises:
         UserError: the folder holds no run, or is a link, a home, the root or the working folder.
@@ -85,7 +85,11 @@ def clear(folder: Path) -> None:
     if folder.is_symlink() or folder.resolve() in (Path("/"), Path.home().resolve(), Path.cwd().resolve()):
         raise UserError(f"overwrite: {folder} is a link, a home, the root or the working folder: delete it by hand")
     for name in ("checkpoints", "final"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        deleted = folder / f".deleted_{name}"
+        shutil.rmtree(deleted, ignore_errors=True)
+        if (folder / name).exists():
+            (folder / name).rename(deleted)  # at once: what is half deleted would look like a damaged checkpoint
+            shutil.rmtree(deleted, ignore_errors=True)
     for name in (METRICS, MASKS, REFERENCE):
         (folder / name).unlink(missing_ok=True)
 
@@ -104,14 +108,17 @@ def write_json(path: Path, content: Any) -> None:
         raise UserError(f"{path} cannot be written: {e.strerror}") from None
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file that a run left.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a run left.
 
     Raises:
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: missing or damaged ({' '.join(str(e).split())}); choose another output_dir") from None
 
@@ -193,9 +200,9 @@ class Log:
 def _forget_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and one that a crash has cut: a resumed run does these steps again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _step(line) is not None]
+        lines = path.read_bytes().splitlines(keepends=True)
         aside = path.with_name(path.name + ".aside")
-        aside.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
+        aside.write_bytes(b"".join(line for line in lines if _step(line) <= step))
         aside.replace(path)
 
 
@@ -240,8 +247,9 @@ def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
     aside.replace(path)
 
 
-def _step(line: str) -> int | None:
+def _step(line: bytes) -> float:
+    """The step of a line of a log; infinity where the line is damaged, by a crash for example."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # a line cut by a crash
-        return None
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return math.inf
