@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common import integrity, run_folder
+from common import integrity, model_card, run_folder
 from common.config import EvalConfig, UserError, nearest, parse, run_main
 from common.hub import from_pretrained, is_local
 from common.templates import encode_prompts
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             run_folder.write_json(folder / SCORES, {**old_scores, **new_scores})
             scores.print_table(new_scores)
             if is_local(config.model):
-                run_folder.add_scores(Path(config.model), {**old_scores, **new_scores})
+                model_card.add_scores(Path(config.model), {**old_scores, **new_scores})
             return new_scores
     finally:
         if accelerator.num_processes == 1:  # as in train.py: the next call in this process starts afresh
@@ -275,7 +275,7 @@ def describe(config: EvalConfig, job: Job, prompts: list[list[int]]) -> dict[str
     """What an answer depends on; stored, and compared when a folder is used again."""
     task = job.task
     files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
-    files = [p for p in files if p.name != run_folder.CARD]  # which is given the scores below
+    files = [p for p in files if p.name != model_card.CARD]  # which is given the scores below
     candidates = [task.candidates(item) for item in job.items] if task.candidates else []
     how = "log-probabilities" if task.candidates else "sampled" if task.temperature else "greedy"
     return {

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 import gmt
-from common import run_folder, templates
+from common import model_card, run_folder, templates
 from common.config import TrainConfig, UserError, nearest, parse, run_main
 from common.hub import from_pretrained, is_local
 from common.sources import data_files, load_all, split_cap
@@ -258,7 +258,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         raise UserError(f"none of the {total_steps} steps had a finite gradient: nothing was trained, nothing is saved")
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    card = run_folder.model_card(config, description, line)
+    card = model_card.make(config, description, line)
     checkpoint.save_model(accelerator, folder / "final", model, tokenizer, card)
     say(
         f"saved {folder / 'final'}; score it with: accelerate launch eval.py --model {folder / 'final'} "

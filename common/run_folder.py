@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides checkpoints: who may write there, run.json, its log, the model card."""
+"""What a run leaves on disk besides checkpoints: who may write there, run.json, its log."""
 
 import contextlib
 import fcntl
@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
 from common.config import TrainConfig, UserError
-from common.hub import is_local
 
 RUN, METRICS, MASKS, REFERENCE = "run.json", "metrics.jsonl", "masks.jsonl", "reference.safetensors"
-CARD, _CARD_TITLE, _SCORES = "README.md", "# Fine-tuned with rule", "\nScores (eval.py):\n\n"
 LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
 
 
@@ -174,8 +171,12 @@ class Log:
             if name == METRICS or config.log_masks_every:
                 self.files[name] = open(folder / name, "a", buffering=1)  # noqa: SIM115  as long as the run
         if config.trackers:
-            simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
-            accelerator.init_trackers("gmt", config=simple)
+            simple = {k: v if isinstance(v, (int, float)) else redact(str(v)) for k, v in asdict(config).items()}
+            os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # else below the home folder
+            try:
+                accelerator.init_trackers("gmt", simple, init_kwargs={"wandb": {"dir": str(folder)}})
+            except Exception as e:  # each has errors of its own: no account, no network, ...
+                raise UserError(f"trackers: {' '.join(config.trackers)}: {' '.join(str(e).split())[:300]}") from e
 
     def write(self, line: dict[str, Any]) -> None:
         """Log the numbers of a step; one that is not finite is written as null, since JSON has no NaN."""
@@ -204,47 +205,6 @@ def _forget_after(path: Path, step: int) -> None:
         aside = path.with_name(path.name + ".aside")
         aside.write_bytes(b"".join(line for line in lines if _step(line) <= step))
         aside.replace(path)
-
-
-def model_card(config: TrainConfig, description: dict[str, Any], last: dict[str, Any]) -> str:
-    """README.md of the final model: how it was made."""
-    name = "a local folder" if is_local(config.model) else config.model
-    head = {"library_name": "transformers", "tags": ["gradient-mask-tuning", config.rule]}
-    if not is_local(config.model):
-        head["base_model"] = config.model
-    settings = {k: v for k, v in description["config"].items() if v not in ("", None, [], False)}
-    facts = {
-        "base model": name,
-        "data": f"{' '.join(config.dataset)}, {description['data']['examples']} examples, "
-        f"fingerprint {description['data']['fingerprint']}",
-        "rule": f"{config.rule}" + (f", keep_ratio {config.keep_ratio}" if config.keep_ratio else ""),
-        "steps": f"{last.get('step')} of {config.global_batch_size} examples, {last.get('tokens')} tokens",
-        "last loss": f"{last.get('loss')}; held out: {last.get('eval_loss')}",
-        "commit": description["git_commit"],
-        "packages": ", ".join(f"{k} {v}" for k, v in description["versions"].items()),
-    }
-    return redact(
-        f"---\n{yaml.safe_dump(head)}---\n\n{_CARD_TITLE} `{config.rule}`\n\n"
-        + "".join(f"- {k}: {v}\n" for k, v in facts.items())
-        + f"\nConfiguration (train.py):\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
-    )
-
-
-def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
-    """Put eval.py's scores at the end of a model card that model_card made; other files are left alone."""
-    path = model / CARD
-    card = path.read_text(encoding="utf-8") if os.access(path, os.W_OK) else ""
-    if _CARD_TITLE not in card or not os.access(model, os.W_OK):
-        return
-    lines = [
-        f"| {entry['task']} | {entry['protocol']} | {metric} | {entry['n']} | {100 * value['score']:.2f} |\n"
-        for entry in scores.values()
-        for metric, value in entry["metrics"].items()
-    ]
-    head = "| task | protocol | metric | n | score, % |\n| --- | --- | --- | --- | --- |\n"
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(card.partition(_SCORES)[0] + _SCORES + head + "".join(lines), encoding="utf-8")
-    aside.replace(path)
 
 
 def _step(line: bytes) -> float:

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from common import integrity
 from common.config import UserError
-from common.run_folder import CARD
+from common.model_card import CARD
 
 PROGRESS = "progress.json"
 _NAME, _ASIDE = re.compile("step_([0-9]+)"), ".aside_"
