@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from common import run_folder
+from common import integrity, model_card, run_folder
 from common.config import EvalConfig, UserError, parse, run_main
 from common.hub import from_pretrained, is_local
 from evaluation import generation, scores, settings
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             run_folder.write_json(folder / SCORES, {**old_scores, **new_scores})
             scores.print_table(new_scores)
             if is_local(config.model):
-                run_folder.add_scores(Path(config.model), {**old_scores, **new_scores})
+                model_card.add_scores(Path(config.model), {**old_scores, **new_scores})
             return new_scores
     finally:
         if accelerator.num_processes == 1:  # as in train.py: the next call in this process starts afresh
@@ -100,6 +100,8 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     with accelerator.local_main_process_first():
         for run in runs:
             run.load_items(config.limit)
+    if is_local(config.model):
+        integrity.verify(Path(config.model), "model")
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     texts = {run.name: render_prompts(run, tokenizer) for run in runs}
     prompts = {name: encode(tokenizer, rendered) for name, rendered in texts.items()}

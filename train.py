@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from common import run_folder
+from common import model_card, run_folder
 from common.config import TrainConfig, UserError, parse, run_main
 from training import backend, checkpoint, checks, interrupts, plan, resume
 from training.data import Examples, describe_example, steps_per_epoch
@@ -170,7 +170,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     # --- the final model ---------------------------------------------------------------------------------------------
     if progress["skipped_steps"] == total_steps:
         raise UserError(f"none of the {total_steps} steps had a finite gradient: nothing was trained, nothing is saved")
-    card = run_folder.model_card(config, description, line)
+    card = model_card.make(config, description, line)
     checkpoint.save_model(accelerator, folder / "final", model, tokenizer, card)
     accelerator.print(how_to_score(config, folder))
     return line

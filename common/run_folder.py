@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides checkpoints: who may write there, run.json, its log, the model card."""
+"""What a run leaves on disk besides checkpoints: who may write there, run.json, its log."""
 
 import contextlib
 import fcntl
@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
 from common.config import TrainConfig, UserError
-from common.hub import is_local
 
 RUN, METRICS, MASKS, REFERENCE = "run.json", "metrics.jsonl", "masks.jsonl", "reference.safetensors"
-CARD, _CARD_TITLE, _SCORES = "README.md", "# Fine-tuned with rule", "\nScores (eval.py):\n\n"
 LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
 
 
@@ -75,7 +72,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run made in its folder, but for run.json, the mark of a run, which the next one replaces.
+    """Delete what a run made in its folder. run.json, by which it is known as a run's, stays until it is replaced.
 
     Raises:
         UserError: the folder holds no run, or is a link, a home, the root or the working folder.
@@ -85,7 +82,11 @@ def clear(folder: Path) -> None:
     if folder.is_symlink() or folder.resolve() in (Path("/"), Path.home().resolve(), Path.cwd().resolve()):
         raise UserError(f"overwrite: {folder} is a link, a home, the root or the working folder: delete it by hand")
     for name in ("checkpoints", "final"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        deleted = folder / f".deleted_{name}"
+        shutil.rmtree(deleted, ignore_errors=True)
+        if (folder / name).exists():
+            (folder / name).rename(deleted)  # at once: what is half deleted would look like a damaged checkpoint
+            shutil.rmtree(deleted, ignore_errors=True)
     for name in (METRICS, MASKS, REFERENCE):
         (folder / name).unlink(missing_ok=True)
 
@@ -104,14 +105,17 @@ def write_json(path: Path, content: Any) -> None:
         raise UserError(f"{path} cannot be written: {e.strerror}") from None
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file that a run left.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a run left.
 
     Raises:
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: missing or damaged ({' '.join(str(e).split())}); choose another output_dir") from None
 
@@ -167,8 +171,12 @@ class Log:
             if name == METRICS or config.log_masks_every:
                 self.files[name] = open(folder / name, "a", buffering=1)  # noqa: SIM115  as long as the run
         if config.trackers:
-            simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
-            accelerator.init_trackers("gmt", config=simple)
+            simple = {k: v if isinstance(v, (int, float)) else redact(str(v)) for k, v in asdict(config).items()}
+            os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # else below the home folder
+            try:
+                accelerator.init_trackers("gmt", simple, init_kwargs={"wandb": {"dir": str(folder)}})
+            except Exception as e:  # each has errors of its own: no account, no network, ...
+                raise UserError(f"trackers: {' '.join(config.trackers)}: {' '.join(str(e).split())[:300]}") from e
 
     def write(self, line: dict[str, Any]) -> None:
         """Log the numbers of a step; one that is not finite is written as null, since JSON has no NaN."""
@@ -193,55 +201,15 @@ class Log:
 def _forget_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and one that a crash has cut: a resumed run does these steps again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _step(line) is not None]
+        lines = path.read_bytes().splitlines(keepends=True)
         aside = path.with_name(path.name + ".aside")
-        aside.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
+        aside.write_bytes(b"".join(line for line in lines if _step(line) <= step))
         aside.replace(path)
 
 
-def model_card(config: TrainConfig, description: dict[str, Any], last: dict[str, Any]) -> str:
-    """README.md of the final model: how it was made."""
-    name = "a local folder" if is_local(config.model) else config.model
-    head = {"library_name": "transformers", "tags": ["gradient-mask-tuning", config.rule]}
-    if not is_local(config.model):
-        head["base_model"] = config.model
-    settings = {k: v for k, v in description["config"].items() if v not in ("", None, [], False)}
-    facts = {
-        "base model": name,
-        "data": f"{' '.join(config.dataset)}, {description['data']['examples']} examples, "
-        f"fingerprint {description['data']['fingerprint']}",
-        "rule": f"{config.rule}" + (f", keep_ratio {config.keep_ratio}" if config.keep_ratio else ""),
-        "steps": f"{last.get('step')} of {config.global_batch_size} examples, {last.get('tokens')} tokens",
-        "last loss": f"{last.get('loss')}; held out: {last.get('eval_loss')}",
-        "commit": description["git_commit"],
-        "packages": ", ".join(f"{k} {v}" for k, v in description["versions"].items()),
-    }
-    return redact(
-        f"---\n{yaml.safe_dump(head)}---\n\n{_CARD_TITLE} `{config.rule}`\n\n"
-        + "".join(f"- {k}: {v}\n" for k, v in facts.items())
-        + f"\nConfiguration (train.py):\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
-    )
-
-
-def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
-    """Put eval.py's scores at the end of a model card that model_card made; other files are left alone."""
-    path = model / CARD
-    card = path.read_text(encoding="utf-8") if os.access(path, os.W_OK) else ""
-    if _CARD_TITLE not in card or not os.access(model, os.W_OK):
-        return
-    lines = [
-        f"| {entry['task']} | {entry['protocol']} | {metric} | {entry['n']} | {100 * value['score']:.2f} |\n"
-        for entry in scores.values()
-        for metric, value in entry["metrics"].items()
-    ]
-    head = "| task | protocol | metric | n | score, % |\n| --- | --- | --- | --- | --- |\n"
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(card.partition(_SCORES)[0] + _SCORES + head + "".join(lines), encoding="utf-8")
-    aside.replace(path)
-
-
-def _step(line: str) -> int | None:
+def _step(line: bytes) -> float:
+    """The step of a line of a log; infinity where the line is damaged, by a crash for example."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # a line cut by a crash
-        return None
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return math.inf

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from common import run_folder
+from common import model_card, run_folder
 from common.config import EvalConfig, UserError
 from common.hub import is_local
 from evaluation.task_run import TaskRun
@@ -20,7 +20,7 @@ def describe(config: EvalConfig, run: TaskRun, prompts: list[list[int]]) -> dict
     """What the answers of a run depend on."""
     task = run.task
     files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
-    files = [p for p in files if p.name != run_folder.CARD]  # which is given the scores
+    files = [p for p in files if p.name != model_card.CARD]  # which is given the scores
     candidates = [task.candidates(item) for item in run.items] if task.candidates else []
     how = "log-probabilities" if task.candidates else "sampled" if task.temperature else "greedy"
     return {

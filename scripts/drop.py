@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gmt
-from common import run_folder
+from common import integrity, run_folder
 from common.config import UserError, key, parse, run_main
 from common.hub import is_local
 
@@ -111,8 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists():
         raise UserError(f"output_dir {out} exists already: choose another one, or delete it")
     run_folder.check_writable(out)
-    base_files = tensor_files(base_folder(config.base), "base")
-    tuned_files = tensor_files(Path(config.tuned), "tuned")
+    base, tuned = base_folder(config.base), Path(config.tuned)
+    base_files, tuned_files = tensor_files(base, "base"), tensor_files(tuned, "tuned")
+    for what, folder in (("base", base), ("tuned", tuned)):
+        integrity.verify(folder, what)
     if missing := sorted(tuned_files.keys() - base_files.keys()):
         raise UserError(
             f"base {config.base} has no tensor {missing[0]} ({len(missing)} missing): not the tuned one's base"
@@ -129,8 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        for path in sorted(Path(config.tuned).iterdir()):
-            if path.is_file() and path.suffix != ".safetensors" and path.name != "COMPLETED":
+        for path in sorted(tuned.iterdir()):
+            if path.is_file() and path.suffix != ".safetensors" and path.name != integrity.COMPLETED:
                 shutil.copy2(path, aside / path.name)
         for path in sorted(set(tuned_files.values())):
             write_like(path, aside / path.name, dropped(config, path, base_files, set(masker.eligible)))

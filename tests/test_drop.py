@@ -9,6 +9,7 @@ from conftest import make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from common import integrity
 from common.config import UserError
 from scripts import drop
 
@@ -138,3 +139,19 @@ def test_refusals(tmp_path, folders, more, message):
     with pytest.raises(UserError, match=message):
         drop.main(["--base", base, "--tuned", tuned, "--output_dir", str(out), "--keep_ratio", "0.3", *more])
     assert not out.exists() and not list(tmp_path.glob(".aside*"))
+
+
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_a_flipped_bit_is_noticed(tmp_path, folders, which):
+    base, tuned = map(Path, folders)
+    words = ["--base", str(base), "--tuned", str(tuned), "--output_dir", str(tmp_path / "out"), "--keep_ratio", "0.3"]
+    for folder in (base, tuned):
+        integrity.seal(folder)
+    damaged = max((tmp_path / which).glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=f"{which} .*{which}: {damaged.name} is missing, cut or changed since"):
+        drop.main(words)
+    (tmp_path / which / "COMPLETED").unlink()
+    drop.main(words)

@@ -262,22 +262,3 @@ def test_every_key_of_eval_is_used():
     source = "".join(file.read_text() for file in files)
     for field in dataclasses.fields(config.EvalConfig):
         assert f"config.{field.name}" in source, field.name
-
-
-def test_scores_come_into_the_model_card(tmp_path, train_args):
-    import train
-    from training import checkpoint
-
-    train.main(train_args(tmp_path / "run", "--max_steps", "2"))
-    final = tmp_path / "run" / "final"
-    before = (final / "README.md").read_text()
-    items_file(tmp_path)
-    words = args(tmp_path, final)
-    score = evaluation.main(words)["gsm8k.metamath"]["score"]
-    card = (final / "README.md").read_text()
-    assert card.startswith(before) and f"| gsm8k | metamath | correct | 7 | {100 * score:.2f} |" in card
-    evaluation.main(words)  # the card is none of the settings of an evaluation, and stays as it is
-    assert (final / "README.md").read_text() == card and checkpoint.is_complete(final)
-    (final / "README.md").write_text("mine")
-    evaluation.main(words)
-    assert (final / "README.md").read_text() == "mine"

@@ -160,7 +160,7 @@ def test_a_signal_reaches_the_training_and_the_same_call_goes_on(run, tmp_path, 
     assert "--resume --" in plan and train.endswith("--resume") and "mistral_7b/base/eval is there" in out
 
 
-def test_a_run_that_was_cut_before_its_first_checkpoint_starts_again(run, tmp_path):
+def test_a_run_that_was_cut_before_its_first_checkpoint_is_resumed(run, tmp_path):
     words = {"MODELS": "mistral_7b", "RULES": "none"}
     process = run("reproduce_math.sh", WAITS="none_seed0", **words)
     while not (tmp_path / "out/mistral_7b/none_seed0/ready").exists():
@@ -170,7 +170,7 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_starts_again(run, tmp_pa
     process.communicate()
     calls(tmp_path)
     assert finish(run("reproduce_math.sh", **words))[0] == 0
-    assert "--overwrite" in calls(tmp_path)[1]
+    assert calls(tmp_path)[1].endswith("--resume")  # which begins at step 0 where there is no checkpoint
 
 
 def test_a_stage_that_fails_stops_with_its_name_and_log(run, tmp_path):
@@ -186,7 +186,7 @@ def test_a_stage_that_fails_stops_with_its_name_and_log(run, tmp_path):
     calls(tmp_path)
     code, out, err = finish(run("reproduce_math.sh", FAILS="scripts/report.py", **words))
     assert code == 2 and "none_seed0/train is there" in out and "stage mistral_7b/report failed" in err
-    assert "--overwrite" in calls(tmp_path)[1]  # no checkpoint was complete
+    assert "none_seed0" not in (again := calls(tmp_path))[1] and again[1].endswith("--resume")
 
 
 def test_general_goes_on_with_dpo_from_the_same_rules_model(run, tmp_path):

@@ -460,15 +460,6 @@ def test_trackers(tmp_path, train_args):
     assert [e.value for e in log.Scalars("loss")] == pytest.approx(losses)
 
 
-def test_the_model_card_tells_how_the_model_was_made(tmp_path, train_args, rows_file):
-    train.main(train_args(tmp_path / "run", *RULES["gmt"], "--max_steps", "2"))
-    card = (tmp_path / "run" / "final" / "README.md").read_text()
-    assert "- rule: gmt, keep_ratio 0.3" in card and f"- data: {rows_file}, 70 examples, fingerprint" in card
-    assert (
-        "learning_rate: 0.001" in card and "- steps: 2 of 16 examples" in card and "base model: a local folder" in card
-    )
-
-
 # --- every key does something ----------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,9 @@
 """Checkpoints: written aside, made durable, then put in place by one rename; verified, resumed from, retained."""
 
 import json
-import os
+import re
 import shutil
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from common import integrity
 from common.config import UserError
-from common.run_folder import CARD
+from common.model_card import CARD
 
-COMPLETED, PROGRESS = "COMPLETED", "progress.json"
+PROGRESS = "progress.json"
+_NAME, _ASIDE = re.compile("step_([0-9]+)"), ".aside_"
 
 
 def save(accelerator: Accelerator, folder: Path, progress: dict[str, Any], keep: int) -> None:
@@ -36,8 +36,7 @@ def save(accelerator: Accelerator, folder: Path, progress: dict[str, Any], keep:
 
     _put_in_place(accelerator, target, folder, write, f"checkpoint {target}")
     if accelerator.is_main_process:
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
+        clean(folder, target, keep)
     accelerator.wait_for_everyone()
 
 
@@ -63,7 +62,7 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: s
 def _put_in_place(
     accelerator: Accelerator, target: Path, checkpoints: Path, write: Callable[[Path], None], what: str
 ) -> None:
-    aside = target.with_name(f".aside_{target.name}")
+    aside = target.with_name(f"{_ASIDE}{target.name}")
 
     def make_room() -> None:
         if accelerator.is_main_process:
@@ -72,10 +71,13 @@ def _put_in_place(
 
     def commit() -> None:
         if accelerator.is_main_process:
-            _seal(aside)
-            shutil.rmtree(target, ignore_errors=True)
+            integrity.seal(aside, leave_out=[CARD])  # eval.py adds scores to the card
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
             aside.rename(target)
-            _fsync(target.parent)
+            integrity.fsync(target.parent)
 
     try:
         _together(accelerator, make_room)
@@ -107,84 +109,70 @@ def _together(accelerator: Accelerator, action: Callable[[], None]) -> None:
         raise error or RuntimeError("another process failed")
 
 
-def _seal(folder: Path) -> None:
-    """Make the files durable and list their sizes and checksums in COMPLETED."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD)  # eval.py adds scores to the card
-    with ThreadPoolExecutor() as threads:
-        checksums = list(threads.map(_checksum, files))
-    for path in files:
-        _fsync(path)
-    content = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "crc32": c}
-        for p, c in zip(files, checksums, strict=True)
-    }
-    (folder / COMPLETED).write_text(json.dumps(content, indent=1))
-    _fsync(folder / COMPLETED)
-    _fsync(folder)
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file: finds what a disk or a copy has changed, at the speed of reading."""
-    crc = 0
-    with open(path, "rb") as f:
-        while block := f.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether every file that COMPLETED lists is there in its full size."""
-    return damaged_file(folder, read=False) is None
-
-
-def damaged_file(folder: Path, read: bool = True) -> str | None:
-    """The first file of a checkpoint that is missing, cut or (with `read`) changed; None where all are whole."""
-    try:
-        content = json.loads((folder / COMPLETED).read_text())
-    except (OSError, ValueError):
-        return COMPLETED
-    for name, expected in content.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            return name
-        if read and _checksum(path) != expected["crc32"]:
-            return name
-    return None
-
-
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    return sorted((p for p in folder.glob("step_*") if is_complete(p)), key=lambda p: int(p.name.split("_")[1]))
+    return [p for p in _numbered(folder) if integrity.is_complete(p)]
 
 
-def latest(accelerator: Accelerator, folder: Path) -> Path:
-    """The newest checkpoint whose files are what they were when it was saved. The main process reads them all.
+def _numbered(folder: Path) -> list[Path]:
+    """The folders step_NUMBER in a folder, oldest first, whatever is in them."""
+    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def clean(folder: Path, newest: Path | None, keep: int) -> None:
+    """Delete what saves that were cut have left, and all but the latest `keep` checkpoints up to `newest`.
+
+    Later ones than `newest` were passed over as damaged; they are replaced, or deleted, as the run advances.
+    """
+    for path in folder.glob(f"{_ASIDE}*"):
+        shutil.rmtree(path)
+    kept = [p for p in complete(folder) if newest and _step(p) <= _step(newest)][-keep:]
+    for path in _numbered(folder):
+        if kept and _step(path) < _step(kept[0]):
+            shutil.rmtree(path)
+
+
+def is_finished(accelerator: Accelerator, final: Path) -> bool:
+    """Whether the final model of a run is there, as it was saved. The main process reads it; a damaged one is told."""
+    finished = False
+    if accelerator.is_main_process and final.exists():
+        file = integrity.damaged_file(final)
+        finished = file is None
+        if not finished:
+            accelerator.print(f"passing over the model {final}: {file} is missing, cut or changed")
+    return broadcast_object_list([finished])[0]
+
+
+def latest(accelerator: Accelerator, folder: Path) -> Path | None:
+    """The newest checkpoint whose files are what they were when it was saved; None where nothing was ever saved.
+
+    The main process reads them all, and tells what it passes over.
 
     Raises:
-        UserError: there is none.
+        UserError: what was saved, checkpoints or the final model beside them, is damaged.
     """
     damaged, found = [], None
     if accelerator.is_main_process:
-        for path in sorted(folder.glob("step_*"), key=lambda p: -int(p.name.split("_")[1])):
-            if (file := damaged_file(path)) is None:
+        for path in sorted(folder.glob("[!.]*")):
+            if not (_NAME.fullmatch(path.name) and path.is_dir()):
+                accelerator.print(f"passing over {path}: not a checkpoint, which is a folder named step_NUMBER")
+        for path in reversed(_numbered(folder)):
+            if (file := integrity.damaged_file(path)) is None:
                 found = path
                 break
             damaged.append(f"{path.name}: {file} is missing, cut or changed")
             accelerator.print(f"passing over the checkpoint {damaged[-1]}")
+        final = folder.with_name("final")
+        if found is None and final.exists():  # damaged, or it would have been the end of the run
+            damaged.append(f"final: {integrity.damaged_file(final)} is missing, cut or changed")
     found, damaged = broadcast_object_list([found, damaged])
-    if found is None:
+    if found is None and damaged:
         raise UserError(
-            f"resume: no complete checkpoint in {folder}"
-            + (f" ({'; '.join(damaged)})" if damaged else "")
-            + "; start again with --overwrite"
+            f"resume: no complete checkpoint in {folder} ({'; '.join(damaged)}); start again with --overwrite"
         )
     return found
 

@@ -52,15 +52,18 @@ def open_folder(
     Returns:
         The progress so far: step, tokens, skipped_steps; None where the run that is to be resumed is finished.
     Raises:
-        UserError: the folder holds another run, no complete checkpoint, or one of a step beyond total_steps.
+        UserError: the folder holds another run, or a checkpoint of a step beyond total_steps.
     """
     progress = {"step": 0, "tokens": 0, "skipped_steps": 0}
     if config.resume:
         refuse_changes(config, folder, description)
-        if checkpoint.is_complete(folder / "final"):
+        if checkpoint.is_finished(accelerator, folder / "final"):
             accelerator.print(f"this run is finished: {folder / 'final'} is there")
             return None
-        progress = _load_latest(folder, optimizer, accelerator)
+        source = checkpoint.latest(accelerator, folder / "checkpoints")
+        if source:
+            progress = _load(source, optimizer, accelerator)
+        accelerator.print(f"resumed from {source}" if source else f"{folder} holds no checkpoint: starting at step 0")
         if progress["step"] > total_steps:
             raise UserError(f"resume: the checkpoint is of step {progress['step']}, this run ends after {total_steps}")
         old = run_folder.read_json(folder / run_folder.RUN)
@@ -69,18 +72,18 @@ def open_folder(
     if accelerator.is_main_process:
         if config.overwrite:
             run_folder.clear(folder)
+        if config.resume:
+            checkpoint.clean(folder / "checkpoints", source, config.keep_checkpoints)
         run_folder.write_json(folder / run_folder.RUN, description)
     accelerator.wait_for_everyone()
     return progress
 
 
-def _load_latest(folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
+def _load(source: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    source = checkpoint.latest(accelerator, folder / "checkpoints")
     progress = checkpoint.load(accelerator, source)
     for group, hyperparameters in zip(optimizer.param_groups, configured, strict=True):
         group.update(hyperparameters)  # those of this configuration, should it have been changed
-    accelerator.print(f"resumed from {source}")
     return progress
 
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from common import integrity
 from common.templates import ALPACA
 
 OLD_SKILLS, NEW_SKILL = ("add", "subtract", "reverse"), "sort"
@@ -92,7 +93,7 @@ def make_tokenizer(texts: list[str], vocab_size: int = 384) -> PreTrainedTokeniz
 def save_random_model(
     folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 128, layers: int = 3
 ) -> LlamaForCausalLM:
-    """A small Llama of random weights, with its tokenizer, in `folder`; a file COMPLETED is the mark of a whole one."""
+    """A small Llama of random weights, with its tokenizer, in `folder`, which COMPLETED marks as finished."""
     set_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -109,7 +110,7 @@ def save_random_model(
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "COMPLETED").touch()
+    integrity.seal(folder)
     return model
 
 

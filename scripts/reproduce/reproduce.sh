@@ -113,9 +113,9 @@ plan() { # plan RUN ARGS...: one more training for the stage plan, in the array 
     local run=$1
     shift
     [ ! -f "$run/final/COMPLETED" ] || return 0
-    how_to_go_on "$run"
-    planned+=("$@" --output_dir "$run" ${how[@]+"${how[@]}"} --)
-    how=()
+    resume_words "$run"
+    planned+=("$@" --output_dir "$run" ${more[@]+"${more[@]}"} --)
+    more=()
 }
 
 run_plans() { # what train.py would refuse comes out before the first training, and memory, disk and steps are told

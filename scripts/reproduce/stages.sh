@@ -11,11 +11,12 @@ trap 'on_signal HUP 1' HUP
 
 on_signal() {
     stopped=${stopped:-$1 $2}
-    case $job in '') end_as_signalled ;; starting) ;; *) hand_on ;; esac
+    case $job in '') end_as_signalled ;; starting) ;; *) forward_signal ;; esac
 }
 
-hand_on() { # to the stage as USR1, of which train.py saves: Ctrl-C may have reached it already, and a second one would kill it
-    # A launcher hands no signal on, and would die of it: its children are the training.
+# The stage gets USR1, upon which train.py saves: Ctrl-C may have reached it already, and a second one would kill it. The
+# launcher passes no signal on, and would die of it: its children are the training.
+forward_signal() {
     if [ -z "$launched" ] || ! pkill -USR1 -P "$job"; then kill -USR1 "$job" 2>/dev/null || true; fi
 }
 
@@ -25,8 +26,8 @@ end_as_signalled() {
 }
 
 # stage NAME PRODUCT PROGRAM ARGS...: run PROGRAM (train.py and eval.py by the launcher), unless it has made the file PRODUCT
-# by this very command from these very inputs. An empty PRODUCT: always. The words of `how` are added, and not compared.
-how=()
+# by this very command from these very inputs. An empty PRODUCT: always. The words of `more` are added, and not compared.
+more=()
 stage() {
     local name=$1 product=$2 log="$OUT/logs/$1.log" code now words size writer line start=$SECONDS
     shift 2
@@ -45,9 +46,9 @@ stage() {
     size=$(stat -c %s "$log" 2>/dev/null || echo 0)
     exec 3> >(trap '' INT TERM USR1 HUP; exec tee -pa "$log") # -p: goes on when its reader has gone
     writer=$! job=starting
-    "${words[@]}" "$@" ${how[@]+"${how[@]}"} </dev/null >&3 2>&3 3>&- &
+    "${words[@]}" "$@" ${more[@]+"${more[@]}"} </dev/null >&3 2>&3 3>&- &
     job=$!
-    [ -z "$stopped" ] || hand_on # it came while the stage was starting
+    [ -z "$stopped" ] || forward_signal # it came while the stage was starting
     exec 3>&-
     while true; do # a signal ends `wait` early
         code=0
@@ -82,24 +83,20 @@ describe() { # describe OWN COMMAND: it, the YAML files that it names, when the 
 train_run() { # train_run RUN ARGS...: train in the folder RUN, or go on there
     local run=$1
     shift
-    how_to_go_on "$run"
+    resume_words "$run"
     stage "${run#"$OUT"/}/train" "$run/final/COMPLETED" train.py "$@" --output_dir "$run"
-    how=()
+    more=()
 }
 
-how_to_go_on() { # how_to_go_on RUN: the words that train.py needs for a folder that a cut run has left
-    how=()
-    if [ -f "$1/final/COMPLETED" ] || compgen -G "$1/checkpoints/step_*/COMPLETED" >/dev/null; then
-        how=(--resume)
-    elif [ -f "$1/run.json" ]; then
-        how=(--overwrite)
-    fi
+resume_words() { # resume_words RUN: into `more` the word that train.py needs for a folder in which a run was cut
+    more=()
+    if [ -f "$1/run.json" ]; then more=(--resume); fi
 }
 
 score() { # score NAME MODEL DIR ARGS...: completions of this very model are kept
     local name=$1 model=$2 dir=$3
     shift 3
-    how=(--overwrite) # those of another one are not
+    more=(--overwrite) # those of another one are not
     stage "$name" "$dir/scores.json" eval.py --model "$model" --output_dir "$dir" "$@"
-    how=()
+    more=()
 }
