@@ -5,14 +5,33 @@ holds the program under test and nothing else; it gets function names and argume
 tags for what JSON lacks. The judge's process, in a sandbox of its own, holds the reference solution and the tests. What
 the candidate does to its own process (patched builtins, __eq__, frames, exit codes) can change what it sends, never
 how that is compared: it passes by sending right answers, and in no other way.
+
+C code that gets a value from the candidate, in the judge, and why none of it asks the candidate anything:
+
+- socket.recv and struct.unpack get bytes. The size is checked before the message is read, the deadline after each part.
+- The JSON scanner gets those bytes. Our own functions make the numbers, of at most 40 characters.
+- int(text, 16), bytes.fromhex, complex, range get strings and numbers whose exact type was checked.
+- tuple, set, frozenset, dict, deque, iter get lists of decoded values; hash gets the keys, before a set or dict is made
+  of them: too many equal hashes are refused.
+- numpy.dtype gets a string out of a whitelist; numpy.array gets a flat list of Python's own numbers or strings, all of
+  the dtype's type. The shape is checked to fit. No stand-in (Remote) gets there.
+- After that, C code of the judges and tests (==, abs, set, sorted, map, numpy.allclose, repr) gets values of Python's
+  own exact types, numpy's arrays of plain dtypes, and stand-ins. A stand-in has no special method but __call__ and
+  those of attributes, and these refuse special names (__array__, __index__, __len__ and so on) without asking.
+- map, filter, sorted and others call stand-ins. What they raise is a ProgramError or Failed, never StopIteration.
+- Whatever takes too long in C all the same is ended by a limit on the judge's processor time (Candidate.timed).
 """
 
 import builtins
 import collections
+import contextlib
+import functools
+import gc
 import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -21,8 +40,10 @@ import sys
 import time
 import types
 
-MAX_FRAME = 32 << 20  # bytes of one message
+MAX_FRAME = 32 << 20  # bytes of any message
 MAX_ITEMS = 1_000_000  # that are taken from an iterator
+# Of a reply. The largest right answers of HumanEval+ and MBPP+ have 12.4 MB and 1e6 objects: see judges.room.
+MAX_BYTES, MAX_OBJECTS, MAX_DEPTH = 4 << 20, 100_000, 100
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -30,6 +51,8 @@ MAX_ITEMS = 1_000_000  # that are taken from an iterator
 
 ITERATORS = (types.GeneratorType, map, filter, zip, enumerate, reversed, itertools.chain, collections.abc.Iterator)
 VIEWS = (collections.abc.KeysView, collections.abc.ValuesView, collections.abc.ItemsView)
+DTYPE = re.compile(r"\|b1|\|[iu]1|<[iu][248]|<f[248]|<c(8|16)|<U\d{1,6}|\|S\d{1,6}")
+OF_DTYPE = {"b": bool, "i": int, "u": int, "f": float, "c": complex, "U": str, "S": bytes}
 
 
 def encode(x, refer):
@@ -54,42 +77,96 @@ def encode(x, refer):
     if t in (bytes, bytearray):
         return {t.__name__: x.hex()}
     if t is range:
-        return {"range": [x.start, x.stop, x.step]}
+        return {"range": [encode(v, refer) for v in (x.start, x.stop, x.step)]}
     if isinstance(x, ITERATORS + VIEWS):
         return {"iterator": [encode(v, refer) for v in itertools.islice(x, MAX_ITEMS)]}
-    if t.__module__ == "numpy" and hasattr(x, "tolist") and x.dtype.kind in "biufcUS":
-        return {"numpy": [x.dtype.str, encode(x.tolist(), refer)]}
+    if t.__module__ == "numpy" and hasattr(x, "tolist") and DTYPE.fullmatch(dtype := x.dtype.newbyteorder("<").str):
+        return {"numpy": [dtype, list(x.shape), encode(x.ravel().tolist(), refer)]}
     if isinstance(x, Remote):
         return {"object": x._key}
     return {"object": refer(x)}
 
 
-def decode(x, resolve):
-    """The value of which `encode` made x; `resolve(number)` gives what stands for an object that is no data."""
-    if isinstance(x, list):
-        return [decode(v, resolve) for v in x]
-    if not isinstance(x, dict):
-        return x
-    ((tag, content),) = x.items()
-    if tag == "int":
-        return int(content, 16)
-    if tag == "object":
-        return resolve(content)
-    if tag == "complex":
-        return complex(*content)
-    if tag in ("bytes", "bytearray"):
-        return getattr(builtins, tag).fromhex(content)
-    if tag == "range":
-        return range(*content)
-    if tag == "dict":
-        return {decode(k, resolve): decode(v, resolve) for k, v in content}
-    if tag == "numpy":
-        import numpy
+class Decoder:
+    """Makes the values again of which `encode` made JSON, in time linear in its size.
 
-        return numpy.array(decode(content[1], resolve), dtype=content[0])[()]
-    items = [decode(v, resolve) for v in content]
-    kinds = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque, "iterator": iter}
-    return kinds[tag](items)
+    resolve: gives what stands for an object that is no data
+    objects: so many are allowed; ValueError for more, and for whatever `encode` does not make
+    """
+
+    def __init__(self, resolve, objects=math.inf):
+        self.resolve, self.objects = resolve, objects
+
+    def value(self, x, depth=0):
+        if isinstance(x, list):
+            return self.items(x, depth)
+        if not isinstance(x, dict):
+            return x
+        if depth > MAX_DEPTH:
+            raise ValueError("too deep")
+        ((tag, content),) = x.items()
+        if tag == "object":
+            return self.resolve(content)
+        if tag == "int":
+            return int(*exactly(str, [content], 1), 16)  # linear; HumanEval/83 has answers of 830,000 such digits
+        if tag in ("bytes", "bytearray"):
+            return getattr(builtins, tag).fromhex(content)
+        items = self.items(content, depth)
+        if tag == "complex":
+            return complex(*exactly(float, items, 2))
+        if tag == "range":
+            return range(*exactly(int, items, 3))
+        if tag == "numpy":
+            return array(*items)
+        if tag == "dict":
+            return dict(zip(few_collisions([k for k, _ in items]), [v for _, v in items], strict=True))
+        if tag in ("set", "frozenset"):
+            items = few_collisions(items)
+        kinds = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque, "iterator": iter}
+        return kinds[tag](items)
+
+    def items(self, x, depth):
+        """The values of a list."""
+        if type(x) is not list or depth > MAX_DEPTH:
+            raise ValueError("no list, or too deep")
+        self.objects -= len(x) + 1
+        if self.objects < 0:
+            raise ValueError("too many objects")
+        return [self.value(v, depth + 1) if isinstance(v, list | dict) else v for v in x]
+
+
+def decode(x, resolve, objects=math.inf):
+    return Decoder(resolve, objects).value(x)
+
+
+def exactly(kind, items, n):
+    """items, if they are n of exactly this type."""
+    if len(items) != n or any(type(v) is not kind for v in items):
+        raise ValueError(f"not {n} of {kind.__name__}")
+    return items
+
+
+def few_collisions(keys):
+    """keys, if a set of them takes linear time: integers, tuples and others with one hash are made at will."""
+    same = collections.Counter(map(hash, keys))
+    if sum(n * n for n in same.values()) > 10 * len(keys) + 10_000:
+        raise ValueError("too many equal hashes")
+    return keys
+
+
+def array(dtype, shape, flat):
+    """A numpy array or scalar of what `encode` made of it."""
+    if type(dtype) is not str or not DTYPE.fullmatch(dtype):
+        raise ValueError("no such dtype")
+    exactly(OF_DTYPE[dtype[1]], flat, len(flat))
+    exactly(int, shape, len(shape))
+    if len(shape) > 8 or any(not 0 <= n <= MAX_ITEMS for n in shape) or math.prod(shape) != len(flat):
+        raise ValueError("no such shape")
+    import numpy
+
+    if numpy.dtype(dtype).itemsize * len(flat) > MAX_FRAME:
+        raise ValueError("too large an array")
+    return numpy.array(flat, dtype=dtype).reshape(shape)[()]
 
 
 def send(sock, message):
@@ -99,24 +176,38 @@ def send(sock, message):
     sock.sendall(struct.pack(">I", len(text)) + text)
 
 
-def receive(sock, deadline=None):
-    """The next message. Raises EOFError at the end, TimeoutError, ValueError for what is no message."""
+def receive(sock, deadline=math.inf, most=MAX_FRAME):
+    """The next message, of at most `most` bytes. Raises EOFError at the end, TimeoutError, ValueError for others."""
 
-    def exactly(n):
+    def read(n):
         parts = bytearray()
         while len(parts) < n:
-            if deadline is not None:
-                sock.settimeout(max(1e-3, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            sock.settimeout(None if left == math.inf else left)
             part = sock.recv(min(n - len(parts), 1 << 20))
             if not part:
                 raise EOFError
             parts += part
         return parts
 
-    (size,) = struct.unpack(">I", exactly(4))
-    if size > MAX_FRAME:
-        raise ValueError(f"a message of {size} bytes, {MAX_FRAME} are allowed")
-    return json.loads(exactly(size))
+    (size,) = struct.unpack(">I", read(4))
+    if size > most:
+        raise ValueError(f"a message of {size} bytes, {most} are allowed")
+    text = read(size)
+    gc.disable()  # which would look at all lists again and again
+    try:
+        return json.loads(text, parse_int=functools.partial(number, int), parse_float=functools.partial(number, float))
+    finally:
+        gc.enable()
+
+
+def number(kind, text):
+    """A number of JSON. Longer ones than Python writes are refused: they are read in more than linear time."""
+    if len(text) > 40:
+        raise ValueError("too long a number")
+    return kind(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +247,8 @@ def serve(sock):
         try:
             reply = {"value": encode(answer(message), refer)}
         except BaseException as e:  # SystemExit too
-            reply = {"error": [type(e).__name__, repr(e)[:300]]}
+            kind = next(c.__name__ for c in type(e).__mro__ if c.__module__ == "builtins")
+            reply = {"error": [kind, repr(e)[:300]]}
         try:
             send(sock, reply)
         except ValueError as e:
@@ -176,12 +268,32 @@ class Failed(BaseException):
         self.why = why
 
 
+class ProgramError(Exception):
+    """What the program raised."""
+
+
+# Tests may expect a ValueError: each kind has a class of ours that is one. StopIteration, SystemExit and others that
+# mean something to Python itself have none, nor have those that are not made of one string.
+ERRORS = {
+    name: type(name, (ProgramError, kind), {})
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type)
+    and issubclass(kind, Exception)
+    and not issubclass(kind, StopIteration | StopAsyncIteration | BaseExceptionGroup | Warning)
+    and (not issubclass(kind, UnicodeError) or kind is UnicodeError)
+    and name == kind.__name__
+    and kind is not Exception
+}
+
+
 class Candidate:
     """The process of the program under test, as its judge sees it."""
 
     def __init__(self, sock):
         self.sock = sock
         self.seconds = 0.0  # that it may still take
+        self.deadline = None  # of what is going on, by time.monotonic
+        self.room = MAX_BYTES, MAX_OBJECTS  # of a reply
         self.failure = None
 
     def ready(self, timeout):
@@ -189,52 +301,81 @@ class Candidate:
         if receive(self.sock, time.monotonic() + timeout) != "ready":
             raise ValueError("the candidate's process is not what it should be")
 
-    def ask(self, verb, target, *rest, timeout=math.inf):
-        """Have one thing done, in at most `timeout` and in all of the seconds that are left.
+    @contextlib.contextmanager
+    def timed(self, limit=math.inf):
+        """One deadline for a call and for all that it leads to, the judge's own work on the answer too.
+
+        What it takes is taken off the seconds that are left. Where C code does not hear the alarm, the judge is killed
+        once it has used as much processor time.
+
+        Raises:
+            Failed: the deadline has passed.
+        """
+        start = time.monotonic()
+        limit = max(1e-3, min(limit, self.seconds))
+        self.deadline = start + limit
+        signal.signal(signal.SIGALRM, self.alarm)
+        signal.setitimer(signal.ITIMER_REAL, limit, 0.1)  # again and again: a test may catch everything
+        signal.setitimer(signal.ITIMER_PROF, limit + 0.5)
+        try:
+            yield
+            self.alarm()
+        finally:
+            self.deadline = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            self.seconds -= time.monotonic() - start
+
+    def alarm(self, *_):
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.failure = self.failure or "timeout"
+            raise Failed(self.failure)
+
+    def ask(self, verb, target, *rest):
+        """Have one thing done before the deadline.
 
         Raises:
             Failed: there is no (good) answer, now and from now on.
-            Exception: what the program raised, if it is one of Python's own, else RuntimeError.
+            ProgramError: what the program raised; also a ValueError, if that was one, and so on.
         """
         if self.failure:
             raise Failed(self.failure)
         message = [verb, target, *[encode(x, refuse) for x in rest]]
-        start = time.monotonic()
+        error = None
         try:
-            self.sock.settimeout(max(1e-3, min(timeout, self.seconds)))
+            self.sock.settimeout(max(1e-3, self.deadline - time.monotonic()))
             send(self.sock, message)
-            reply = receive(self.sock, start + min(timeout, self.seconds))
-            self.seconds -= time.monotonic() - start
-            if "error" in reply:
-                name, text = reply["error"]
-            else:
-                return decode(reply["value"], lambda number: Remote(self, int(number)))
+            ((kind, content),) = receive(self.sock, self.deadline, self.room[0]).items()
+            if kind == "value":
+                return decode(content, self.stand_in, self.room[1])
+            name, text = exactly(str, content, 2)
+            error = ERRORS.get(name, ProgramError)(text[:300])
         except TimeoutError:
             self.failure = "timeout"
         except (OSError, EOFError):
             self.failure = "died"
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error):
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError):
             self.failure = "garbled"
-        if self.failure:
-            raise Failed(self.failure)
-        kind = getattr(builtins, str(name), None)  # tests may expect a ValueError
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            kind = RuntimeError
-        try:
-            error = kind(str(text)[:300])
-        except TypeError:  # a few want more arguments
-            error = RuntimeError(str(text)[:300])
-        raise error
+        raise error or Failed(self.failure)
 
-    def load(self, code, timeout=math.inf):
-        self.ask("load", code, timeout=timeout)
+    def stand_in(self, key):
+        """What stands for an object of the program."""
+        if type(key) is not int:
+            raise ValueError("no object")
+        return Remote(self, key)
 
-    def call(self, name, *args, timeout=math.inf):
-        return self.ask("call", name, list(args), {}, timeout=timeout)
+    def load(self, code):
+        self.ask("load", code)
+
+    def call(self, name, *args):
+        return self.ask("call", name, list(args), {})
 
 
 class Remote:
-    """Stands for a function or an object in the candidate's process. It equals nothing but itself."""
+    """Stands for a function or an object in the candidate's process. It equals nothing but itself.
+
+    Python and C code look special methods up in the type, or ask for them by name: there is none but __call__.
+    """
 
     __slots__ = ("_candidate", "_key")
 
@@ -246,10 +387,20 @@ class Remote:
         return self._candidate.ask("call", self._key, list(args), kwargs)
 
     def __getattr__(self, name):
-        return self._candidate.ask("get", self._key, name)
+        return self._candidate.ask("get", self._key, plain(name))
 
     def __setattr__(self, name, value):
-        self._candidate.ask("set", self._key, name, value)
+        self._candidate.ask("set", self._key, plain(name), value)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("an object of the program cannot be copied")
+
+
+def plain(name):
+    """name, if it is an attribute of the program's own."""
+    if name in Remote.__slots__ or (name.startswith("__") and name.endswith("__")):
+        raise AttributeError(f"an object of the program has no {name} here")
+    return name
 
 
 def refuse(x):
@@ -268,7 +419,7 @@ def limit(limits):
 
 
 def main(role, limits, fd, paths):
-    """Be the candidate or the judge at the end `fd` of a socket. A judge's job comes in by stdin and goes to stdout."""
+    """Be the candidate or the judge at one end, fd, of a socket. The judge reads its task from stdin."""
     sys.path[:] = sys.path + paths
     sys.set_int_max_str_digits(100_000)  # EvalPlus has such numbers
     sock = socket.socket(fileno=fd)
@@ -276,25 +427,19 @@ def main(role, limits, fd, paths):
     limit(limits)
     if role == "candidate":
         return serve(sock)
-    job = json.loads(sys.stdin.buffer.read())
+    task = json.loads(sys.stdin.buffer.read())
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.modules["sandbox"] = types.ModuleType("sandbox")
     sys.modules["sandbox.inside"] = sys.modules["__main__"]
     namespace = {"__name__": "judges"}
-    exec(compile(job["judges"], "judges.py", "exec"), namespace)
+    exec(compile(task["judges"], "judges.py", "exec"), namespace)
     candidate = Candidate(sock)
-    candidate.ready(job["patience"])
+    candidate.ready(task["patience"])
     print("started", file=out, flush=True)
-    signal.signal(signal.SIGALRM, alarm)
-    signal.setitimer(signal.ITIMER_REAL, job["seconds"] + job["spare"])
-    candidate.seconds = job["seconds"]
-    json.dump(namespace[job["judge"]](candidate, job["data"]), out)
+    candidate.seconds = task["seconds"]
+    json.dump(namespace[task["judge"]](candidate, task["data"]), out)
     out.flush()
-
-
-def alarm(number, frame):
-    raise Failed("timeout")
 
 
 if __name__ == "__main__":

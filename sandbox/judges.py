@@ -1,14 +1,16 @@
 """The judges of code benchmarks: they run in a sandbox beside the candidate's (see inside.py), on the standard library.
 
-Each takes the candidate and the data of its job and returns the verdicts on its groups of tests, {group: status} with
+Each takes the candidate and the data of its trial and returns the verdicts on its groups of tests, {group: status} with
 status passed, failed, timeout, died or garbled, and the reason of the first that is not passed.
 """
 
 import copy
+import json
 import math
+import reprlib
 import time
 
-from sandbox.inside import Failed, Remote
+from sandbox.inside import MAX_BYTES, MAX_OBJECTS, Failed, Remote, encode
 
 
 def judge_asserts(candidate, data):
@@ -27,12 +29,13 @@ def judge_asserts(candidate, data):
     verdict = dict.fromkeys(data["tests"], "failed")
     group, status, reason = "", "passed", ""
     try:
-        candidate.load(data["program"])
-        for group, tests in data["tests"].items():
-            exec(tests, namespace)
-            if candidate.failure:
-                raise Failed(candidate.failure)
-            verdict[group] = "passed"
+        with candidate.timed():
+            candidate.load(data["program"])
+            for group, tests in data["tests"].items():
+                exec(tests, namespace)
+                if candidate.failure:
+                    raise Failed(candidate.failure)
+                verdict[group] = "passed"
     except (Failed, Exception) as e:
         status = e.why if isinstance(e, Failed) else candidate.failure or "failed"
         reason = f"{group} {e!r:.300}".strip()
@@ -54,21 +57,25 @@ def judge_inputs(candidate, data):
     verdict = {group: "failed" for group in groups}
     i, group = 0, groups[0]
     try:
-        candidate.load(data["program"], timeout=data["least"])
+        with candidate.timed(data["least"]):
+            candidate.load(data["program"])
         for group in groups:
             atol = data["atol"]
             for i, arguments in enumerate(mbpp_inputs(data["task"], data[group])):
                 start = time.monotonic()
                 expected = reference(*copy.deepcopy(arguments))
+                limit = max(data["least"], data["factor"] * (time.monotonic() - start))
                 if leaves(expected) > MOST_LEAVES:
                     continue
-                limit = max(data["least"], data["factor"] * (time.monotonic() - start))
-                out = candidate.call(name, *arguments, timeout=limit)
+                candidate.room = room(expected)
                 if atol == 0 and is_floats(expected):
                     atol = 1e-6  # from here on, as in EvalPlus
-                if not agree(name, data["task"], arguments, out, expected, atol):
-                    verdict["reason"] = f"{group} input {i}: {out!r:.100}, not {expected!r:.100}"
-                    return verdict
+                with candidate.timed(limit):
+                    out = candidate.call(name, *arguments)
+                    if not agree(name, data["task"], arguments, out, expected, atol):
+                        out, expected = reprlib.repr(out), reprlib.repr(expected)
+                        verdict["reason"] = f"{group} input {i}: {out:.100}, not {expected:.100}"
+                        return verdict
             verdict[group] = "passed"
     except Failed as e:
         verdict |= {g: e.why for g in groups if verdict[g] != "passed"}
@@ -92,6 +99,14 @@ def leaves(x):
             n += len(v)
             todo.extend(v.values() if isinstance(v, dict) else v)
     return n
+
+
+def room(expected):
+    """(bytes, objects) that an answer may have: twice as much as the right one, where that is large."""
+    if (n := leaves(expected)) < MAX_OBJECTS // 4:
+        return MAX_BYTES, MAX_OBJECTS
+    size = len(json.dumps(encode(expected, lambda x: 0)))
+    return max(MAX_BYTES, 2 * size), max(MAX_OBJECTS, 4 * n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

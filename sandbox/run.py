@@ -3,13 +3,16 @@
 Every program gets two processes, each in a sandbox of its own: the candidate (the program) and its judge (reference
 solution and tests), joined by a socket alone; inside.py says what they speak. A sandbox has its own user, pid, network,
 ipc and mount namespaces, no environment, the system and Python's folders read-only, 64 MiB of private /tmp, neither
-/proc nor /sys nor /etc nor /home, and limits on memory, CPU time, processes, file size and open files.
+/proc nor /sys nor /etc nor /home, a filter of system calls, and limits on memory, CPU time, processes, file size and
+open files. docs/sandbox.md says what it promises and what it does not.
 """
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -34,6 +37,7 @@ MIB = 1 << 20
 # The whole environment of a program. Threads count as processes; the order of sets is the same at every run.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 PATIENCE = 30  # seconds that two sandboxes may take to start, on a busy machine
+PACKAGES = ("numpy",)  # that programs and tests may import; the benchmarks need no others
 
 
 @dataclass(frozen=True)
@@ -52,20 +56,23 @@ class Limits:
             "RLIMIT_FSIZE": self.tmp_mib * MIB,
             "RLIMIT_NPROC": self.processes,
             "RLIMIT_NOFILE": self.open_files,
-            "RLIMIT_CORE": 0,
+            "RLIMIT_CORE": 1,  # byte: none is written, and, unlike at 0, none is sent to the host's crash handler
             "RLIMIT_MEMLOCK": 0,
             "RLIMIT_MSGQUEUE": 0,
         }
 
 
 @dataclass
-class Job:
-    """A program and who judges it: `judge` is a function of judges.py, `data` its argument, JSON-able."""
+class Trial:
+    """A program and who judges it: `judge` is a function of judges.py, `data` its argument, JSON-able.
+
+    The verdict comes at most `seconds + spare + 1` seconds after both processes have started.
+    """
 
     judge: str
     data: dict[str, Any]
-    seconds: float  # that the program may take in all, by the clock
-    spare: float = 5.0  # that the judge itself may take besides
+    seconds: float  # that the program, and the comparison of its answers, may take in all, by the clock
+    spare: float = 3.0  # that the reference solution may take besides
     limits: Limits = field(default_factory=Limits)
 
 
@@ -78,6 +85,8 @@ class Job:
 def python_folders() -> tuple[str, list[str], list[str]]:
     """(interpreter, folders that it needs, folders of packages). No virtual environment is entered: -S."""
     packages = {os.path.realpath(sysconfig.get_path(k)) for k in ("purelib", "platlib")}
+    specs = [importlib.util.find_spec(name) for name in PACKAGES]
+    packages |= {os.path.realpath(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin}
     folders = sorted({os.path.realpath(sys.base_prefix), *packages} - {"/usr"})
     return os.path.realpath(sys.executable), [f for f in folders if not f.startswith("/usr/")], sorted(packages)
 
@@ -114,27 +123,27 @@ def bubblewrap(limits: Limits) -> list[str]:
         elif os.path.isdir(f"/{name}"):
             words += ["--ro-bind", f"/{name}", f"/{name}"]
     words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]  # where libraries are, /usr/local's too
-    words += [w for f in folders for w in ("--ro-bind", f, f)]
-    words += [w for f in ("null", "zero", "random", "urandom") for w in ("--dev-bind", f"/dev/{f}", f"/dev/{f}")]
-    words += ["--size", str(limits.tmp_mib * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
+    words += ["--dev", "/dev", "--size", str(limits.tmp_mib * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    words += [w for f in folders for w in ("--ro-bind", f, f)]  # after /tmp and /dev, below which they may lie
+    words += [w for f in ("/", "/dev", "/dev/pts") for w in ("--remount-ro", f)]
     return words
 
 
-def start(role: str, job: Job, sock: socket.socket, folder: str | None, **streams) -> subprocess.Popen:
+def start(role: str, trial: Trial, sock: socket.socket, folder: str | None, **streams) -> subprocess.Popen:
     """Start one of the two processes at its end of the socket; in `folder` and without a sandbox if it is given."""
     interpreter, _, packages = python_folders()
     arguments = {
         "role": role,
         "fd": sock.fileno(),
         "paths": packages,
-        "limits": job.limits.rlimits(job.seconds + job.spare * (role == "judge")),
+        "limits": trial.limits.rlimits(trial.seconds + trial.spare * (role == "judge")),
     }
     python = [interpreter, "-s", "-S", "-P", "-B", "-c", (HERE / "inside.py").read_text(), json.dumps(arguments)]
     if folder:
         return subprocess.Popen(
             python, cwd=folder, env=ENVIRONMENT, pass_fds=[sock.fileno()], start_new_session=True, **streams
         )
-    words, fds = bubblewrap(job.limits), [sock.fileno()]
+    words, fds = bubblewrap(trial.limits), [sock.fileno()]
     with contextlib.ExitStack() as files:
         if filter := seccomp.program():
             file = files.enter_context(open(os.memfd_create("seccomp"), "w+b", buffering=0))
@@ -144,49 +153,58 @@ def start(role: str, job: Job, sock: socket.socket, folder: str | None, **stream
         return subprocess.Popen([*words, "--", *python], pass_fds=fds, start_new_session=True, **streams)
 
 
-def run(job: Job, unsafe: bool = False) -> dict[str, Any]:
+def run(trial: Trial, unsafe: bool = False) -> dict[str, Any]:
     """The judge's verdict on one program, see judges.py; without a sandbox if `unsafe`.
 
     Raises:
         UserError: the sandbox did not start, and not at the second try either.
     """
     for _ in range(2):
-        out, err = _run(job, unsafe)
+        out, err, late = _run(trial, unsafe)
         started, _, verdict = out.partition("\n")
         if started == "started":
             try:
                 return json.loads(verdict)
-            except ValueError:  # it ran out of memory or time: the fault of what the program sent
-                return {"base": "failed", "plus": "failed", "crashed": True, "reason": f"the judge ended: {err[-200:]}"}
+            except ValueError:  # the judge ran out of memory or time: the fault of what the program sent
+                status = "timeout" if late else "failed"
+                return {"base": status, "plus": status, "crashed": True, "reason": f"the judge ended: {err[-200:]}"}
     raise UserError(f"the sandbox did not start: {' '.join(err.split())[-300:] or 'it was silent'}")
 
 
-def _run(job: Job, unsafe: bool) -> tuple[str, str]:
-    """What the judge wrote to stdout and stderr; no process is left."""
-    words = {
+def _run(trial: Trial, unsafe: bool) -> tuple[str, str, bool]:
+    """What the judge wrote to stdout and stderr, and whether it was ended for its time; no process is left."""
+    task = {
         "judges": (HERE / "judges.py").read_text(),
-        "judge": job.judge,
-        "data": job.data,
-        "seconds": job.seconds,
-        "spare": job.spare,
+        "judge": trial.judge,
+        "data": trial.data,
+        "seconds": trial.seconds,
+        "spare": trial.spare,
         "patience": PATIENCE,
     }
     quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
     one, other = socket.socketpair()
     with (
         tempfile.TemporaryDirectory() if unsafe else contextlib.nullcontext() as folder,
+        tempfile.TemporaryFile() as stdin,
         contextlib.ExitStack() as ends,
     ):
+        stdin.write(json.dumps(task).encode())
+        stdin.seek(0)
         with one, other:  # closed here, so that each side learns when the other has ended
-            candidate = start("candidate", job, one, folder, stdin=quiet, stdout=quiet, stderr=quiet)
+            candidate = start("candidate", trial, one, folder, stdin=quiet, stdout=quiet, stderr=quiet)
             ends.callback(kill, candidate)
-            judge = start("judge", job, other, folder, stdin=pipe, stdout=pipe, stderr=pipe)
+            judge = start("judge", trial, other, folder, stdin=stdin, stdout=pipe, stderr=pipe)
             ends.callback(kill, judge)
+        ready, _, _ = select.select([judge.stdout], [], [], PATIENCE + 5)  # until it says "started", or ends
         try:
-            out, err = judge.communicate(json.dumps(words).encode(), timeout=PATIENCE + job.seconds + job.spare + 5)
+            out, err = judge.communicate(timeout=trial.seconds + trial.spare + 1 if ready else 0)
+            late = judge.returncode in [-n for n in TOO_LATE] + [128 + n for n in TOO_LATE]  # bubblewrap's code
         except subprocess.TimeoutExpired as e:
-            out, err = e.stdout or b"", b"did not end in time"
-    return out.decode(errors="replace"), err.decode(errors="replace")
+            out, err, late = e.stdout or b"", b"did not end in time", True
+    return out.decode(errors="replace"), err.decode(errors="replace"), late
+
+
+TOO_LATE = (signal.SIGPROF, signal.SIGXCPU)  # what ends a judge that has taken too much processor time
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -199,17 +217,17 @@ def kill(process: subprocess.Popen) -> None:
             stream.close()
 
 
-def run_all(jobs: Sequence[Job], workers: int = 1, unsafe: bool = False, show: str = "") -> list[dict[str, Any]]:
+def run_all(trials: Sequence[Trial], workers: int = 1, unsafe: bool = False, show: str = "") -> list[dict[str, Any]]:
     """The verdicts on many programs, `workers` at a time.
 
     A program that times out runs once more, alone, since a busy machine may be to blame: its verdict says `again`.
     """
     with ThreadPoolExecutor(workers) as pool:
-        done = pool.map(lambda job: run(job, unsafe), jobs)
-        verdicts = list(tqdm(done, total=len(jobs), desc=show, unit="program", disable=not show))
+        done = pool.map(lambda trial: run(trial, unsafe), trials)
+        verdicts = list(tqdm(done, total=len(trials), desc=show, unit="program", disable=not show))
     for i, verdict in enumerate(verdicts):
         if workers > 1 and timed_out(verdict):
-            verdicts[i] = {**run(jobs[i], unsafe), "again": True}
+            verdicts[i] = {**run(trials[i], unsafe), "again": True}
     return verdicts
 
 
@@ -223,7 +241,9 @@ def timed_out(verdict: dict[str, Any]) -> bool:
 
 # What a program must not be able to do, each as an expression that is true where it can.
 PROBE = """
-import mmap, os, signal, socket
+import importlib, mmap, os, signal, socket
+
+OUTSIDE = "", "/usr", "/dev", "/dev/shm", os.path.dirname(os.__file__)
 
 def can(f, *arguments):
     try:
@@ -256,11 +276,17 @@ def writes(path, size):
         f.write(bytes(size))
     return True
 
-def probe(canary, port, processes, memory, tmp):
+def lacks(package):
+    try:
+        importlib.import_module(package)
+    except Exception:
+        return True
+
+def probe(canary, port, processes, memory, tmp, packages):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    return [name for name, found in {
+    return [f"cannot import {package}" for package in packages if lacks(package)] + [name for name, found in {
         "read files outside": any(can(open, f) for f in (canary, "/etc/passwd", "/proc/self/status")),
-        "write outside /tmp": any(can(writes, f + "/x", 1) for f in ("", "/usr", "/dev", os.path.dirname(os.__file__))),
+        "write outside /tmp": any(can(writes, f + "/x", 1) for f in OUTSIDE),
         "fill /tmp": can(writes, "/tmp/x", tmp + 1),
         "use the network": can(connects, ("127.0.0.1", port)),
         "see the environment": "GMT_SANDBOX_CANARY" in os.environ or "PATH" in os.environ,
@@ -288,6 +314,7 @@ def probe() -> str:
             limits.processes,
             limits.memory_mib * MIB,
             limits.tmp_mib * MIB,
+            PACKAGES,
         ]
         data = {
             "program": PROBE,
@@ -300,7 +327,7 @@ def probe() -> str:
             "factor": 1,
         }
         try:
-            verdict = run(Job("judge_inputs", data, seconds=20.0, limits=limits))
+            verdict = run(Trial("judge_inputs", data, seconds=20.0, limits=limits))
         except UserError as e:
             return str(e)
     return "" if verdict["base"] == "passed" else f"it does not hold: {verdict['reason']}"
@@ -312,8 +339,8 @@ UNSAFE = (
 )
 
 
-def check(allow_unsafe: bool) -> bool:
-    """Whether programs are to run without a sandbox.
+def ensure_available(allow_unsafe: bool) -> bool:
+    """Try the sandbox, once per process. Returns whether programs are to run without one.
 
     Raises:
         UserError: no sandbox works on this machine, and nobody has allowed to go without.

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.templates import MAGICODER
 from sandbox import run as sandbox
-from sandbox.run import Job
+from sandbox.run import Trial
 from tasks.metrics import per_item
 from tasks.sanitize import parse, sanitize
 from tasks.source import Source
@@ -79,7 +79,7 @@ def completion_alone(item: dict, completion: str, format: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Items, and the job that judges a program
+# Items, and the trial of a program on one
 # ---------------------------------------------------------------------------------------------------------------------
 
 HUMANEVAL_FILE = ("humaneval/HumanEval.jsonl.gz", ("openai/openai_humaneval", None, "test"))
@@ -198,7 +198,7 @@ def mbpp_prompt(item: dict, tokenizer: object = None) -> str:
     return item["_shots"] + mbpp_question(item)
 
 
-def humaneval_job(item: dict, program: str) -> Job:
+def humaneval_trial(item: dict, program: str) -> Trial:
     """OpenAI's human-eval (execution.py): 3 seconds for the program and its tests."""
     data = {
         "program": program,
@@ -206,20 +206,22 @@ def humaneval_job(item: dict, program: str) -> Job:
         "remote": [item["entry_point"]],
         "tests": {"base": f"{item['test']}\ncheck({item['entry_point']})"},
     }
-    return Job("judge_asserts", data, seconds=3.0)
+    return Trial("judge_asserts", data, seconds=3.0)
 
 
-def mbpp_job(item: dict, program: str) -> Job:
+def mbpp_trial(item: dict, program: str) -> Trial:
     tests = "\n".join([item["test_setup_code"], *item["test_list"]])
     data = {"program": program, "reference": item["code"], "remote": None, "tests": {"base": tests}}
-    return Job("judge_asserts", data, seconds=10.0)  # lm-eval has 3, which the reference of 123 needs on a slow machine
+    return Trial(
+        "judge_asserts", data, seconds=10.0
+    )  # lm-eval has 3, which the reference of 123 needs on a slow machine
 
 
-def evalplus_job(item: dict, program: str) -> Job:
+def evalplus_trial(item: dict, program: str) -> Trial:
     """EvalPlus (evaluate.py): max(4 s, 4 times the reference's time) for each input, 60 s for all of them."""
     if "_tests" in item:
         data = {"reference": item["_reference"], "remote": [item["entry_point"]], "tests": item["_tests"]}
-        return Job("judge_asserts", {"program": program, **data}, seconds=60.0)
+        return Trial("judge_asserts", {"program": program, **data}, seconds=60.0)
     name, _, number = item["task_id"].partition("/")
     data = {
         "program": program,
@@ -232,7 +234,7 @@ def evalplus_job(item: dict, program: str) -> Job:
         "least": 4.0,
         "factor": 4.0,
     }
-    return Job("judge_inputs", data, seconds=60.0, spare=120.0)
+    return Trial("judge_inputs", data, seconds=60.0, spare=120.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,25 +243,25 @@ def evalplus_job(item: dict, program: str) -> Job:
 
 
 def in_sandbox(
-    program: Callable[[dict, str, str], str], job: Callable[[dict, str], Job], metrics: dict[str, tuple[str, int]]
+    program: Callable[[dict, str, str], str], trial: Callable[[dict, str], Trial], metrics: dict[str, tuple[str, int]]
 ) -> Judge:
     """A judge that runs programs.
 
     Args:
         program: (item, completion, prompt format) -> program
-        job: (item, program) -> how it is judged
+        trial: (item, program) -> how it is judged
         metrics: name -> (group of tests, k of pass@k)
     """
 
     def judge(items: list[dict], answers: list[Answer], options: Options) -> list[dict]:
-        unsafe = sandbox.check(options.allow_unsafe_code)
+        unsafe = sandbox.ensure_available(options.allow_unsafe_code)
         programs = [
             [program(item, completion, answer["format"]) for completion in answer["completions"]]
             for item, answer in zip(items, answers, strict=True)
         ]
         different = list(dict.fromkeys((i, text) for i, texts in enumerate(programs) for text in texts))
-        jobs = [job(items[i], text) for i, text in different]
-        verdicts = dict(zip(different, sandbox.run_all(jobs, options.workers, unsafe, show="judging"), strict=True))
+        trials = [trial(items[i], text) for i, text in different]
+        verdicts = dict(zip(different, sandbox.run_all(trials, options.workers, unsafe, show="judging"), strict=True))
         of_items = [[verdicts[i, text] for text in texts] for i, texts in enumerate(programs)]
         scores = {name: pass_at_k(of_items, group, k) for name, (group, k) in metrics.items()}
         return [
@@ -287,8 +289,8 @@ def summary(verdicts: list[dict], programs: list[str], unsafe: bool) -> dict:
     }
 
 
-def preflight(options: Options) -> None:
-    sandbox.check(options.allow_unsafe_code)
+def ensure_sandbox(options: Options) -> None:
+    sandbox.ensure_available(options.allow_unsafe_code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,12 +308,12 @@ def evalplus(name: str, load: Callable, stop: tuple[str, ...], magicoder: Callab
             "chat": Format(chat_prompt, STOP_CHAT),
             "magicoder": Format(magicoder, ("```",)),
         },
-        judge=in_sandbox(evalplus_program, evalplus_job, {"plus": ("plus", 1), "base": ("base", 1)}),
+        judge=in_sandbox(evalplus_program, evalplus_trial, {"plus": ("plus", 1), "base": ("base", 1)}),
         metrics=("plus", "base"),
         max_new_tokens=768,
         versions=versions,
         judge_needs_data=True,
-        preflight=preflight,
+        preflight=ensure_sandbox,
     )
 
 
@@ -322,14 +324,14 @@ def sampled(name: str, k: int, temperature: float) -> Task:
         protocol="open_instruct",
         load=load_humaneval,
         formats={"base": Format(raw_prompt, STOP_PLAIN)},
-        judge=in_sandbox(plain_program, humaneval_job, {f"pass@{k}": ("base", k)}),
+        judge=in_sandbox(plain_program, humaneval_trial, {f"pass@{k}": ("base", k)}),
         metrics=(f"pass@{k}",),
         max_new_tokens=512,
         samples=20,
         temperature=temperature,
         top_p=0.95,
         versions={164: "HumanEval"},
-        preflight=preflight,
+        preflight=ensure_sandbox,
     )
 
 
@@ -345,11 +347,11 @@ HUMANEVAL = Task(
     protocol="plain",
     load=load_humaneval,
     formats={"base": Format(raw_prompt, STOP_PLAIN)},
-    judge=in_sandbox(plain_program, humaneval_job, {"pass@1": ("base", 1)}),
+    judge=in_sandbox(plain_program, humaneval_trial, {"pass@1": ("base", 1)}),
     metrics=("pass@1",),
     max_new_tokens=1024,
     versions={164: "HumanEval"},
-    preflight=preflight,
+    preflight=ensure_sandbox,
 )
 
 MBPP = Task(
@@ -357,9 +359,9 @@ MBPP = Task(
     protocol="plain",
     load=load_mbpp,
     formats={"base": Format(mbpp_prompt, ("[DONE]",))},
-    judge=in_sandbox(completion_alone, mbpp_job, {"pass@1": ("base", 1)}),
+    judge=in_sandbox(completion_alone, mbpp_trial, {"pass@1": ("base", 1)}),
     metrics=("pass@1",),
     max_new_tokens=1024,
     versions={500: "full/test"},
-    preflight=preflight,
+    preflight=ensure_sandbox,
 )

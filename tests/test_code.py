@@ -16,7 +16,7 @@ from sandbox import run as sandbox
 from scripts.reproduce import reduced
 from scripts.reproduce.reduced import HUMANEVAL_PLUS_ROW, HUMANEVAL_ROW, MBPP_CODE, MBPP_PROMPT, STUB, mbpp_row
 from tasks import GROUPS, TASKS
-from tasks.code import evalplus_job, evalplus_program, humaneval_job, mbpp_job
+from tasks.code import evalplus_program, evalplus_trial, humaneval_trial, mbpp_trial
 from tasks.sanitize import longest_code, parse, sanitize
 from tasks.source import Source
 from tasks.task import Chat, Options, render
@@ -304,13 +304,13 @@ def impatient(monkeypatch):
     """Time limits of a second."""
     import dataclasses
 
-    def shorter(job):
-        data = {**job.data, "least": 1.0, "factor": 1.0} if "least" in job.data else job.data
-        return dataclasses.replace(job, data=data, seconds=1.0)
+    def shorter(trial):
+        data = {**trial.data, "least": 1.0, "factor": 1.0} if "least" in trial.data else trial.data
+        return dataclasses.replace(trial, data=data, seconds=1.0)
 
     run = sandbox.run
     sandbox.probe()  # with its own limits; it is made once per process
-    monkeypatch.setattr(sandbox, "run", lambda job, unsafe: run(shorter(job), unsafe))
+    monkeypatch.setattr(sandbox, "run", lambda trial, unsafe: run(shorter(trial), unsafe))
 
 
 @needs_sandbox
@@ -412,12 +412,12 @@ def test_eval_without_a_sandbox_is_refused(folder, tmp_path, monkeypatch):
 # --- the real files --------------------------------------------------------------------------------------------------
 
 
-def gold(name: str, item: dict) -> sandbox.Job:
+def gold(name: str, item: dict) -> sandbox.Trial:
     if name == "mbpp":
-        return mbpp_job(item, item["code"])
+        return mbpp_trial(item, item["code"])
     if name == "humaneval":
-        return humaneval_job(item, item["prompt"] + item["canonical_solution"])
-    return evalplus_job(item, item["_reference"])
+        return humaneval_trial(item, item["prompt"] + item["canonical_solution"])
+    return evalplus_trial(item, item["_reference"])
 
 
 def not_passed(name: str, items: list[dict]) -> list:
