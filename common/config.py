@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
+from tqdm import tqdm
 
 import gmt
 
@@ -57,13 +58,13 @@ def run_main(main: typing.Callable[[], Any], program: str) -> NoReturn:
     try:
         main()
     except UserError as e:
-        print(f"{program}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        tqdm.write(f"{program}: error: {' '.join(str(e).split())}", sys.stderr)  # on a line of its own, bar or not
         sys.exit(2)
     except Interrupted as e:
-        print(f"{program}: {e}", file=sys.stderr)
+        tqdm.write(f"{program}: {e}", sys.stderr)
         sys.exit(128 + e.number)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; what it had saved is in its output_dir", file=sys.stderr)
+        tqdm.write(f"{program}: interrupted; what it had saved is in its output_dir", sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -19,12 +19,15 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gmt
 from common import integrity, run_folder
 from common.config import UserError, key, parse, run_main
-from common.hub import is_local
+from common.hub import is_local, load_weights
 
 
 @dataclass
@@ -43,6 +46,7 @@ class DropConfig:
     mask_vectors: bool = key(False, "drop from 1-D tensors (norms, biases) too; else they stay as tuned")
     exclude: list[str] = key([], "patterns of tensor names that stay as tuned, e.g. '*embed_tokens*'")
     seed: int = key(0, "of --by random")
+    dry_run: bool = key(False, "check the settings and the base model alone; `tuned` need not be there yet")
 
     def __post_init__(self):
         """Raise UserError where keys contradict each other or are out of range."""
@@ -107,25 +111,36 @@ def drop_delta(
 def main(argv: list[str] | None = None) -> None:
     """Write the folder config.output_dir: the tuned model's files, with the dropped weights."""
     config = parse(DropConfig, sys.argv[1:] if argv is None else argv)
+    transformers_logging.set_verbosity_error()
     out = Path(config.output_dir)
     if out.exists():
         raise UserError(f"output_dir {out} exists already: choose another one, or delete it")
     run_folder.check_writable(out)
     base, tuned = base_folder(config.base), Path(config.tuned)
-    base_files, tuned_files = tensor_files(base, "base"), tensor_files(tuned, "tuned")
-    for what, folder in (("base", base), ("tuned", tuned)):
-        integrity.verify(folder, what)
-    if missing := sorted(tuned_files.keys() - base_files.keys()):
+    base_files = tensor_files(base, "base")
+    integrity.verify(base, "base")
+    names = saved_names(load_weights(str(base), "base", device="meta"))
+    if not config.dry_run:
+        tuned_files = tensor_files(tuned, "tuned")
+        integrity.verify(tuned, "tuned")
+        load_weights(str(tuned), "tuned", device="meta")
+        names = tuned_files.keys()
+    if missing := sorted(names - base_files.keys()):
         raise UserError(
-            f"base {config.base} has no tensor {missing[0]} ({len(missing)} missing): not the tuned one's base"
+            f"base {config.base} has no tensor {missing[0]} ({len(missing)} missing): not the tuned one's base, or "
+            "saved under other names: load it with from_pretrained, save it with save_pretrained, and take that"
         )
-    shapes = {n: nn.Parameter(torch.empty(shape, device="meta")) for n, shape in read_shapes(tuned_files).items()}
+    shapes = read_shapes({n: base_files[n] for n in names} if config.dry_run else tuned_files)
+    tensors = {n: nn.Parameter(torch.empty(shape, device="meta")) for n, shape in shapes.items()}
     try:  # checks `exclude`, and finds the tensors that are masked
         masker = gmt.Masker(
-            shapes.items(), "gmt", config.keep_ratio, exclude=config.exclude, mask_vectors=config.mask_vectors
+            tensors.items(), "gmt", config.keep_ratio, exclude=config.exclude, mask_vectors=config.mask_vectors
         )
     except ValueError as e:
         raise UserError(str(e)) from None
+    if config.dry_run:
+        print(f"{len(masker.eligible)} of {len(shapes)} tensors would keep {config.keep_ratio} of their task vector")
+        return
 
     aside = out.with_name(f".aside_{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -163,13 +178,19 @@ def dropped(config: DropConfig, path: Path, base_files: dict[str, Path], masked:
 
 
 def base_folder(base: str) -> Path:
-    """The folder of the base model: its own, or the cache's of a Hub model, whose safetensors files are fetched."""
+    """The folder of the base model: its own, or the cache's of a Hub model, whose weights are fetched."""
     if is_local(base):
         return Path(base)
     try:
-        return Path(snapshot_download(base, allow_patterns="model*.safetensors"))
+        return Path(snapshot_download(base, allow_patterns=["model*.safetensors", "*.json"]))
     except Exception as e:  # the network, the Hub (gated, unknown), the disk
         raise UserError(f"base {base} cannot be fetched: {' '.join(str(e).split())[:300]}") from None
+
+
+def saved_names(model: PreTrainedModel) -> set[str]:
+    """The names that save_pretrained gives a model's tensors: tied ones once, and as its published files have them."""
+    tensors = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
+    return set(revert_weight_conversion(model, tensors))
 
 
 def tensor_files(folder: Path, what: str) -> dict[str, Path]:

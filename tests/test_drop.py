@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from common import integrity
 from common.config import UserError
+from common.hub import load_weights
 from scripts import drop
 
 
@@ -109,7 +110,7 @@ def test_the_base_may_be_of_the_hub(tmp_path, folders, monkeypatch):
     monkeypatch.setattr(drop, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or base)
     words = ["--tuned", tuned, "--output_dir", str(tmp_path / "out"), "--keep_ratio", "0.25"]
     drop.main([*words, "--base", "owner/name"])
-    assert asked == [(("owner/name",), {"allow_patterns": "model*.safetensors"})]
+    assert asked == [(("owner/name",), {"allow_patterns": ["model*.safetensors", "*.json"]})]
     monkeypatch.undo()
     with pytest.raises(UserError, match="base owner/name cannot be fetched: .*"):
         drop.main(["--base", "owner/name", *words[:2], "--output_dir", str(tmp_path / "other"), *words[4:]])
@@ -126,11 +127,16 @@ def test_the_base_may_be_of_the_hub(tmp_path, folders, monkeypatch):
         (["--base", "WIDER"], r"lm_head.weight is \[259, 48\] in base, \[259, 32\] in tuned"),
         (["--base", "SHALLOW"], "has no tensor model.layers.1.* not the tuned one's base"),
         (["--base", "CUT"], "a safetensors file is damaged"),
+        (["--tuned", "WRAPPED"], "tuned .*WRAPPED: the weights are not those of the model: .*'_orig_mod.'"),
+        (["--dry_run", "--exclude", "nothing"], "exclude pattern 'nothing' matches none of the 21"),
     ],
 )
 def test_refusals(tmp_path, folders, more, message):
     make_model(tmp_path / "WIDER", hidden_size=48)
     make_model(tmp_path / "SHALLOW", num_hidden_layers=1)
+    make_model(tmp_path / "WRAPPED")
+    wrapped = {f"_orig_mod.{name}": t for name, t in load_file(tmp_path / "WRAPPED/model.safetensors").items()}
+    save_file(wrapped, tmp_path / "WRAPPED/model.safetensors", {"format": "pt"})
     (tmp_path / "CUT").mkdir()
     (tmp_path / "CUT" / "model.safetensors").write_bytes(b"\x10\x00")
     more = [str(tmp_path / w) if w.isupper() else w for w in more]
@@ -155,3 +161,31 @@ def test_a_flipped_bit_is_noticed(tmp_path, folders, which):
         drop.main(words)
     (tmp_path / which / "COMPLETED").unlink()
     drop.main(words)
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        LlamaConfig(**TINY, intermediate_size=48, tie_word_embeddings=True),
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2),
+        MixtralConfig(**TINY, intermediate_size=48, num_local_experts=4),  # its experts are one tensor in memory
+    ],
+    ids=lambda architecture: architecture.model_type,
+)
+def test_a_dry_run_knows_what_a_run_will_need(tmp_path, architecture, capsys):
+    """Names are those that a trained model will be saved with; a base with others is refused before any training."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    AutoModelForCausalLM.from_config(architecture).save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    assert drop.saved_names(load_weights(str(base), device="meta")) == tensors.keys()
+    words = ["--base", str(base), "--tuned", "no/such", "--output_dir", str(out), "--keep_ratio", "0.3", "--dry_run"]
+    drop.main(words)
+    assert f"of {len(tensors)} tensors would keep 0.3" in capsys.readouterr().out and not out.exists()
+    if architecture.model_type == "gpt2":  # published without the prefix, which from_pretrained adds
+        bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+        save_file(bare, base / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match="base .* has no tensor transformer.h.0.* saved under other names"):
+            drop.main(words)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, needs_sandbox
+from conftest import ROOT, needs_sandbox, python
 
 from common.config import TrainConfig, parse
 from scripts.reproduce.reduced import SHAPES
@@ -39,7 +40,9 @@ STAND_INS = {
         if [[ "$*" = *" eval.py "* ]]; then mkdir -p "$out"; touch "$out/scores.json"; exit; fi
         mkdir -p "$out/checkpoints/step_000001"; echo "{}" >"$out/run.json"
         case "$out" in
-            */${BREAKS:-nothing}) echo "train.py: error: no room"; echo "CalledProcessError: of the launcher"; exit 1 ;;
+            */${BREAKS:-nothing}) # a bar of one process stands when another one fails
+                echo "example 0: 'foo.py: error: in the data'"; printf 'train:   0%%|  | 0/9\\rtrain:  44%%|## | 4/9'
+                echo "train.py: error: no room"; echo "CalledProcessError: of the launcher"; exit 1 ;;
             */${WAITS:-nothing})
                 bash -c 'trap "touch $0/checkpoints/step_000001/COMPLETED; exit 138" USR1; touch "$0/ready"
                     for i in $(seq 300); do sleep 0.1; done' "$out" &
@@ -125,7 +128,8 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
     written = "--out {0}/report.md --csv {0}/report.csv --figures {0}".format("OUT/mistral_7b")
     assert done[-1] == f"scripts/report.py {folders} {written}"
     planned = next(line for line in done if line.startswith("scripts/reproduce/dry_runs.py")).split(" -- ")
-    assert len(planned) == 4 and "--rule hft" in planned[2] and "drop" not in " ".join(planned)
+    assert len(planned) == 5 and "train.py" in planned[2] and "--rule hft" in planned[2]
+    assert planned[4].startswith("scripts/drop.py --base mistralai/Mistral-7B-v0.1 --tuned OUT/mistral_7b/none_seed0/f")
     assert (tmp_path / "planned_for").read_text() == "1 true\n"
     assert not list((tmp_path / "out").rglob("checkpoints"))
 
@@ -189,6 +193,32 @@ def test_a_stage_that_fails_stops_with_its_name_and_log(run, tmp_path):
     assert "none_seed0" not in (again := calls(tmp_path))[1] and again[1].endswith("--resume")
 
 
+def test_an_error_is_a_line_of_its_own_while_a_bar_stands():
+    code = (
+        "import tqdm; from common.config import UserError, run_main\n"
+        "def main():\n"
+        "    bar = tqdm.tqdm(total=9); bar.update(4)\n"
+        "    raise UserError('no room')\n"
+        "run_main(main, 'train.py')"
+    )
+    done = python("-c", code)
+    assert done.returncode == 2 and "train.py: error: no room" in re.split("[\r\n]", done.stderr)
+
+
+def test_plans_name_the_program_that_refuses(tmp_path, train_args):
+    """drop.py would refuse a base without safetensors files only after days of training."""
+    words = train_args(tmp_path / "run")
+    dropped = ["scripts/drop.py", "--base", str(tmp_path), "--tuned", "no/such", "--output_dir", str(tmp_path / "out")]
+    plans = ["train.py", *words, "--", *dropped, "--keep_ratio", "0.2", "--"]
+    done = python("scripts/reproduce/dry_runs.py", *plans)
+    assert done.returncode == 2 and "\n--- python scripts/drop.py " in done.stdout
+    assert f"drop.py: error: base {tmp_path}: no folder with .safetensors files" in done.stderr
+    plans[plans.index(str(tmp_path))] = words[1]  # the model
+    assert python("scripts/reproduce/dry_runs.py", *plans).returncode == 0
+    done = python("scripts/reproduce/dry_runs.py", "train.py", *words, "--learning_rate", "-1", "--", *plans)
+    assert done.returncode == 2 and "train.py: error: learning_rate" in done.stderr and "drop.py" not in done.stdout
+
+
 def test_general_goes_on_with_dpo_from_the_same_rules_model(run, tmp_path):
     words = {"MODELS": "llama2_7b", "RULES": "none gmt", "DPO_ARGS": "--beta 0.3"}
     code, _, err = finish(run("reproduce_general.sh", "--max_steps", "5", **words))
@@ -232,7 +262,7 @@ def test_the_reduced_world_and_a_folder_of_downloads(run, tmp_path):
     (hub / "models/mistralai/Mistral-7B-v0.1").mkdir(parents=True)  # the dataset is not there: of the Hub's cache
     words = {"MODELS": "mistral_7b", "RULES": "none", "HUB_DIR": "hub", "OUT": "elsewhere", "NPROC": "4"}
     assert finish(run("reproduce_code.sh", **words))[0] == 0
-    (training,) = (line for line in calls(tmp_path) if " train.py " in line)
+    (training,) = (line for line in calls(tmp_path) if line.startswith("launch") and " train.py " in line)
     assert f"--model {hub}/models/mistralai/Mistral-7B-v0.1 " in training and "--dataset ise-uiuc/" in training
     assert f"--output_dir {tmp_path}/elsewhere/mistral_7b/none_seed0" in training and "--num_processes 4" in training
     assert (tmp_path / "planned_for").read_text() == "4 true\n"
@@ -245,7 +275,7 @@ def test_sweep(run, tmp_path):
     code, _, err = finish(run("sweep_keep_ratio.sh", **words))
     assert code == 0, err
     done = calls(tmp_path)
-    trained = [line for line in done if " train.py " in line]
+    trained = [line for line in done if line.startswith("launch") and " train.py " in line]
     assert [line.split("--keep_ratio ")[1].split()[0] for line in trained] == ["0.1", "1.0"]
     assert all("--rule gmt" in line and "ise-uiuc/Magicoder-Evol-Instruct-110K" in line for line in trained)
     folders = "OUT/gmt_0.1_seed0/eval OUT/gmt_1.0_seed0/eval"

@@ -1,21 +1,24 @@
-"""Several dry runs of train.py in one process: python scripts/reproduce/dry_runs.py WORDS -- WORDS ..."""
+"""Several dry runs in one process, before the first training: dry_runs.py PROGRAM WORDS -- PROGRAM WORDS ..."""
 
 import sys
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
 from common.config import run_main
+from scripts import drop
 
-
-def main() -> None:
-    for is_words, group in groupby(sys.argv[1:], lambda word: word != "--"):
-        if is_words:
-            words = list(group)
-            print(f"--- python train.py {' '.join(words)}", flush=True)
-            train.main([*words, "--dry_run"])
-
+PROGRAMS = {"train.py": train.main, "scripts/drop.py": drop.main}
 
 if __name__ == "__main__":
-    run_main(main, "train.py")
+    for is_separator, group in groupby(sys.argv[1:], lambda word: word == "--"):
+        if not is_separator:
+            program, *words = group
+            print(f"--- python {program} {' '.join(words)}", flush=True)
+            try:
+                run_main(partial(PROGRAMS[program], [*words, "--dry_run"]), Path(program).name)
+            except SystemExit as end:
+                if end.code:
+                    raise

@@ -114,11 +114,16 @@ plan() { # plan RUN ARGS...: one more training for the stage plan, in the array 
     shift
     [ ! -f "$run/final/COMPLETED" ] || return 0
     resume_words "$run"
-    planned+=("$@" --output_dir "$run" ${more[@]+"${more[@]}"} --)
+    planned+=(train.py "$@" --output_dir "$run" ${more[@]+"${more[@]}"} --)
     more=()
 }
 
-run_plans() { # what train.py would refuse comes out before the first training, and memory, disk and steps are told
+words_of_drop() { # words_of_drop MODEL BASE SEED: of scripts/drop.py, in the array `words`
+    words=(scripts/drop.py --base "$2" --tuned "$OUT/$1/none_seed$3/final" --output_dir "$OUT/$1/drop_seed$3/final")
+    words+=(--keep_ratio "$KEEP_RATIO")
+}
+
+run_plans() { # what train.py and drop.py would refuse comes out before the first training; memory, disk, steps are told
     [ ${#planned[@]} != 0 ] || return 0
     export WORLD_SIZE=$NPROC # for these alone: a launcher sets its own
     if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then export ACCELERATE_USE_FSDP=true FSDP_VERSION=2; fi
@@ -136,6 +141,10 @@ plan_all() { # the trainings of all models, with the first seed
             words_of "$config" "$rule" "$seed"
             plan "$OUT/$model/${rule}_seed$seed" "${words[@]}" --model "$base" "$@"
         done
+        if [[ " $RULES " = *" drop "* ]] && [ ! -f "$OUT/$model/drop_seed$seed/final/drop.json" ]; then
+            words_of_drop "$model" "$base" "$seed"
+            planned+=("${words[@]}" --)
+        fi
         [ -n "$WITH_DPO" ] || continue
         words_of "configs/dpo_$model.yaml" "${rules[0]}" "$seed"
         plan "$OUT/$model/${rules[0]}_dpo_seed$seed" "${words[@]}" --model "$base" ${dpo_args[@]+"${dpo_args[@]}"}
@@ -159,8 +168,8 @@ one_model() { # one_model MODEL ARGS...: all that is run of a base model, and it
         done
         if [[ " $RULES " = *" drop "* ]]; then
             run=$OUT/$model/drop_seed$seed
-            stage "$model/drop_seed$seed/drop" "$run/final/drop.json" scripts/drop.py --base "$base" \
-                --tuned "$OUT/$model/none_seed$seed/final" --output_dir "$run/final" --keep_ratio "$KEEP_RATIO"
+            words_of_drop "$model" "$base" "$seed"
+            stage "$model/drop_seed$seed/drop" "$run/final/drop.json" "${words[@]}"
             evaluate "$run/final" "$run" "$PROMPTS"
             folders+=("$run/eval")
         fi

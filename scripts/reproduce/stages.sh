@@ -59,8 +59,9 @@ stage() {
     for _ in $(seq 100); do kill -0 "$writer" 2>/dev/null || break; sleep 0.05; done # tee has written all
     [ -z "$stopped" ] || end_as_signalled
     if [ "$code" != 0 ]; then
-        # A launcher hides the program's own line and exit code behind a traceback of its own.
-        line=$(tail -c +$((size + 1)) "$log" | tr '\r' '\n' | grep -m 1 -E '^[a-z_]+\.py: error: ') || true
+        # A launcher hides the program's own line and exit code behind a traceback of its own; a progress bar of another
+        # process may stand before it on the line.
+        line=$(tail -c +$((size + 1)) "$log" | tr '\r' '\n' | grep -oE '[a-z_]+\.py: error: .*' | tail -n 1) || true
         [ -z "$line" ] || { echo "$line" >&2; code=2; }
         echo "stage $name failed (exit code $code); its log: $log" >&2
         exit "$code"

@@ -33,13 +33,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import eval as evaluation
 import train
 from common import run_folder
 from common.config import UserError, run_main
+from common.hub import load_weights
 from common.sources import load_all
 from common.templates import TEMPLATES, columns
 from scripts import drop
@@ -202,7 +203,7 @@ def score(folder: Path, model: Path, split: str, task: str) -> dict[str, float]:
 def nll(model: Path, files: dict[str, Path]) -> dict[str, float]:
     """Mean cross-entropy, in nats per trained token, of each skill's right answers."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network = load_weights(str(model), dtype=torch.float32).eval()
     attach_loss(network, 0)
     found = {}
     for skill, file in files.items():
