@@ -6,7 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from common.config import UserError
@@ -36,13 +37,30 @@ def from_pretrained(auto_class: Any, source: str, what: str, **kwargs) -> Any:
     try:
         if auto_class is AutoConfig:
             _refuse_adapter(source, what)
-        return auto_class.from_pretrained(source, **kwargs)
+        loaded = auto_class.from_pretrained(source, **kwargs)
+        if isinstance(loaded, PreTrainedTokenizerBase):
+            _find_special_tokens_in_texts(loaded)
+        return loaded
     except UserError:
         raise
     except Exception as e:  # transformers, the Hub, safetensors and the file system each raise their own
         _refuse_adapter(source, what)
         hint = "" if is_local(source) else f" (to have it offline, run where there is a network: hf download {source})"
         raise UserError(f"{what} {source} cannot be loaded: {' '.join(str(e).split())[:300]}{hint}") from e
+
+
+def _find_special_tokens_in_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer find its special tokens in texts.
+
+    Older conversions of Llama's list them with normalized true: they are looked for with a space in front, and `</s>`
+    behind an answer becomes its letters.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    hidden = [token for token in tokenizer.added_tokens_decoder.values() if token.special and token.normalized]
+    for token in hidden if backend is not None else []:
+        if backend.token_to_id(token.content) not in backend.encode(f"a{token.content}a", add_special_tokens=False).ids:
+            places = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+            backend.add_special_tokens([AddedToken(token.content, normalized=False, special=True, **places)])
 
 
 def load_weights(
