@@ -19,8 +19,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from common import model_card, run_folder
+from common import model_card, run_folder, templates
 from common.config import TrainConfig, UserError, parse, run_main
+from common.hub import has_weights, load_weights
+from common.launch import world_size
+from common.templates import TEMPLATES
 from training import backend, checkpoint, checks, interrupts, plan, resume
 from training.data import Examples, describe_example, steps_per_epoch
 from training.loading import load_architecture, load_data, load_trainable_model
@@ -65,7 +68,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     check_batches(config, len(examples), accelerator.num_processes)
     steps_in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     total_steps = config.max_steps or config.epochs * steps_in_epoch
-    model = load_trainable_model(config, examples)
+    model = load_trainable_model(config, tokenizer, examples)
     freeze(config, model, accelerator.print)
     model, optimizer = accelerator.prepare(model, backend.build_optimizer(config, model))
     masker = build_masker(config, accelerator.unwrap_model(model))  # after prepare, which may replace parameters
@@ -197,6 +200,14 @@ def summary(
         f"{total_steps} steps of {config.global_batch_size} examples on {processes} process(es), "
         f"{steps_per_epoch(len(examples), config.global_batch_size)} steps an epoch"
     )
+    template = TEMPLATES[config.template]
+    if ends := templates.turn_ends(template, tokenizer):
+        shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in ends)
+        text += f"\na trained answer ends with {shown}, which ends generation too"
+    else:
+        text += "\nwarning: the chat template ends an answer with text alone: generation will not stop there"
+    if config.template == "chat" and "strftime_now" in templates.chat_template(tokenizer):
+        text += f"\nfor the chat template it is always {templates.TODAY:%d %B %Y}, in training and in scoring"
     if config.master_dtype == "bfloat16":
         text += "\nwarning: master_dtype bfloat16: a weight changes only where its update is above about 1/256 of it"
     return text
@@ -212,10 +223,12 @@ def how_to_score(config: TrainConfig, folder: Path) -> str:
 
 def dry_run(config: TrainConfig) -> dict[str, Any]:
     """Print the plan; raises UserError for all that the run would refuse before its first step."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    _, examples, held_out = load_data(config)
+    processes = world_size()
+    tokenizer, examples, held_out = load_data(config)
     check_batches(config, len(examples), processes)
-    model = plan.on_meta(config, load_architecture(config, examples))
+    model = plan.on_meta(config, load_architecture(config, tokenizer, examples))
+    if has_weights(config.model):
+        load_weights(config.model, device="meta")  # their names and shapes
     freeze(config, model)
     sharded = backend.is_sharded()
     text = plan.report(config, model, build_masker(config, model), examples, len(held_out), processes, sharded)

@@ -1,12 +1,17 @@
 """What comes from a local folder or from the Hugging Face Hub."""
 
+import contextlib
+import importlib
 import os
 import re
+import unittest.mock
 from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from common.config import UserError
@@ -27,6 +32,24 @@ def is_local(source: str) -> bool:
     return os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
 
+def one_line(e: BaseException, most: int = 300) -> str:
+    """The beginning of an exception's text, or its name where it has none."""
+    return " ".join(str(e).split())[:most] or type(e).__name__
+
+
+def _missing_readers(source: str) -> str:
+    """What to install to read a folder whose tokenizer is in SentencePiece's format alone; "" where that is not it."""
+    if not _cached(source, "tokenizer.model") or _cached(source, "tokenizer.json"):
+        return ""
+    missing = []
+    for package, module in {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(package)
+    return f" (its tokenizer.model needs: pip install {' '.join(missing)})" if missing else ""
+
+
 def from_pretrained(auto_class: Any, source: str, what: str, **kwargs) -> Any:
     """auto_class.from_pretrained(source, **kwargs), of a tokenizer or a configuration; for weights see load_weights.
 
@@ -36,13 +59,32 @@ def from_pretrained(auto_class: Any, source: str, what: str, **kwargs) -> Any:
     try:
         if auto_class is AutoConfig:
             _refuse_adapter(source, what)
-        return auto_class.from_pretrained(source, **kwargs)
+        loaded = auto_class.from_pretrained(source, **kwargs)
+        if isinstance(loaded, PreTrainedTokenizerBase):
+            _find_special_tokens_in_texts(loaded)
+        return loaded
     except UserError:
         raise
     except Exception as e:  # transformers, the Hub, safetensors and the file system each raise their own
         _refuse_adapter(source, what)
-        hint = "" if is_local(source) else f" (to have it offline, run where there is a network: hf download {source})"
-        raise UserError(f"{what} {source} cannot be loaded: {' '.join(str(e).split())[:300]}{hint}") from e
+        hint = _missing_readers(source)
+        if not is_local(source):
+            hint += f" (to have it offline, run where there is a network: hf download {source})"
+        raise UserError(f"{what} {source} cannot be loaded: {one_line(e)}{hint}") from e
+
+
+def _find_special_tokens_in_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer find its special tokens in texts.
+
+    Older conversions of Llama's list them with normalized true: they are looked for with a space in front, and `</s>`
+    behind an answer becomes its letters.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    hidden = [token for token in tokenizer.added_tokens_decoder.values() if token.special and token.normalized]
+    for token in hidden if backend is not None else []:
+        if backend.token_to_id(token.content) not in backend.encode(f"a{token.content}a", add_special_tokens=False).ids:
+            places = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+            backend.add_special_tokens([AddedToken(token.content, normalized=False, special=True, **places)])
 
 
 def load_weights(
@@ -68,14 +110,15 @@ def load_weights(
     options = {"dtype": dtype or "auto", "attn_implementation": attention, "device_map": device}
     _refuse_adapter(source, what)
     _check_generation_config(source, what)
-    model, report = from_pretrained(
-        AutoModelForCausalLM,
-        source,
-        what,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    with _shapes_alone() if str(device) == "meta" else contextlib.nullcontext():
+        model, report = from_pretrained(
+            AutoModelForCausalLM,
+            source,
+            what,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **{name: value for name, value in options.items() if value is not None},
+        )
     missing = report["missing_keys"]
     unexpected = {name for name in report["unexpected_keys"] if not _OLD_BUFFERS.search(name)}
     problems = [
@@ -104,6 +147,24 @@ def load_weights(
     raise UserError(f"{what} {source}: the weights are not those of the model: {'; '.join(problems)}; {advice}")
 
 
+def _shapes_alone() -> Any:
+    """Inside, transformers does not read the tensors of a safetensors file."""
+
+    def materialize(tensor: Any, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return unittest.mock.patch("transformers.core_model_loading._materialize_copy", materialize)
+
+
+def has_weights(source: str) -> bool:
+    """Whether the weights of a model are on this machine: in its folder, or in the cache of the Hub."""
+    names = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+    if is_local(source):
+        return any(os.path.isfile(os.path.join(source, name)) for name in names)
+    return any(isinstance(try_to_load_from_cache(source, name), str) for name in names)
+
+
 def _first_few(names: Collection[str], most: int = 3) -> str:
     return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")
 
@@ -128,8 +189,7 @@ def _check_generation_config(source: str, what: str) -> None:
         try:
             GenerationConfig.from_pretrained(os.path.dirname(path))
         except Exception as e:
-            reason = " ".join(str(e).split())[:200]
-            raise UserError(f"{what} {source}: generation_config.json cannot be read: {reason}") from None
+            raise UserError(f"{what} {source}: generation_config.json cannot be read: {one_line(e)}") from None
 
 
 def _cached(source: str, name: str) -> str | None:

@@ -9,36 +9,90 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.exceptions import DatasetGenerationError
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard
 
 from common.config import UserError
 from common.hub import is_local
 
 MESSAGES = "messages"  # the usual column of conversations
+EXTRAS = "extras"  # column of JSON text: what conversations hold beside roles and contents, see load_rows
 ROW_FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
-def data_files(source: str) -> list[Path] | None:
-    """The files of a local dataset; None for a Hub id.
+def data_files(source: str, split: str = "train") -> list[Path] | None:
+    """The files of one split of a local dataset; None for a Hub id.
+
+    A folder has the splits that `datasets` finds there: those of its README, or of the names of files and folders, or
+    one, train, of all files in the order of their names. What Dataset.save_to_disk leaves counts as one file.
 
     Raises:
-        UserError: nothing there, no data file in the folder, or an unknown kind of file.
+        UserError: nothing there, no such split, no data file in the folder, or an unknown kind of file.
     """
     path = Path(source).expanduser()
     if not is_local(source) and not source.endswith(ROW_FILES):
         return None
+    if (path / "state.json").is_file():  # of Dataset.save_to_disk: it is what it is, as a file is
+        return [path]
     if path.is_dir():
-        names = sorted(p.relative_to(path) for p in path.rglob("*") if p.name.endswith(ROW_FILES))
-        files = [path / name for name in names if not any(part.startswith(".") for part in name.parts)]
-        if not files:
-            raise UserError(f"dataset {source}: the folder holds no {', '.join(ROW_FILES)} file")
-        return files
+        splits = _saved_splits(source, path) or _splits_of_folder(source, path)
+        if split not in splits:
+            there = "; ".join(f"{name}: {_names(files, path)}" for name, files in sorted(splits.items()))
+            raise UserError(f"dataset {source}: no split {split!r}; the folder has {there} (--dataset_split names one)")
+        return splits[split]
     if not path.is_file():
         raise UserError(f"dataset {source}: no such file or folder (a Hub dataset is written owner/name)")
     if not path.name.endswith(ROW_FILES):
         raise UserError(f"dataset {source}: expected a file that ends in {', '.join(ROW_FILES)}")
     return [path]
+
+
+def _splits_of_folder(source: str, path: Path) -> dict[str, list[Path]]:
+    """{split: its data files}, as `datasets` resolves a folder."""
+    try:
+        readme = path / "README.md"
+        configurations = (
+            MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data) if readme.is_file() else {}
+        )
+        if len(configurations) > 1:
+            raise UserError(
+                f"dataset {source}: its README has the configurations {', '.join(configurations)}: name the files of "
+                "one of them"
+            )
+        named = next(iter(configurations.values()), {}).get("data_files")
+        patterns = sanitize_patterns(named) if named else get_data_patterns(str(path))
+        found = DataFilesDict.from_patterns(patterns, base_path=str(path))
+    except UserError:
+        raise
+    except Exception as e:  # no file at all; a README that cannot be read or names files that are not there
+        found = {}
+        if any(path.rglob("*")):
+            raise UserError(f"dataset {source}: its files cannot be found: {_one_line(e)}") from None
+    splits = {str(name): [Path(f) for f in files if f.endswith(ROW_FILES)] for name, files in found.items()}
+    splits = {name: files for name, files in splits.items() if files}
+    if not splits:
+        raise UserError(f"dataset {source}: the folder holds no {', '.join(ROW_FILES)} file")
+    return splits
+
+
+def _saved_splits(source: str, path: Path) -> dict[str, list[Path]]:
+    """{split: [its folder]} of what DatasetDict.save_to_disk has left; {} for any other folder."""
+    try:
+        if (path / "dataset_dict.json").is_file():
+            names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+            return {name: [path / name] for name in names}
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"dataset {source}: dataset_dict.json cannot be read: {_one_line(e)}") from None
+    return {}
+
+
+def _names(files: list[Path], folder: Path, most: int = 3) -> str:
+    names = [str(f.relative_to(folder)) for f in files]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -72,6 +126,9 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     except json.JSONDecodeError as e:
         line = e.lineno if is_array else number
         raise UserError(f"{path}, line {line}: malformed JSON: {e.msg} at column {e.colno}") from None
+    except (RecursionError, ValueError) as e:  # nested too deeply; a whole number of thousands of digits
+        reason = "nested too deeply" if isinstance(e, RecursionError) else _one_line(e).partition(";")[0]
+        raise UserError(f"{path}, line {number}: cannot be read: {reason}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path}: not a complete gzip file after line {number}: {e}") from None
     except OSError as e:
@@ -81,39 +138,93 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_columns(
-    path: str | Path, columns: tuple[str, ...], conversations: tuple[str, ...] = (MESSAGES,)
+    path: str | Path,
+    columns: tuple[str, ...],
+    conversations: tuple[str, ...] = (MESSAGES,),
+    optional: tuple[str, ...] = (),
 ) -> Iterator[dict[str, Any]]:
-    """These columns of each row of a JSON file: text, but for `conversations`, lists of {role, content}.
+    """These columns of each row of a JSON file, see load_rows. `extras` is there if a conversation is asked for.
 
     The content of a message may be null: what an empty message means is the template's business.
 
     Raises:
         UserError: as read_json_rows; and a column is missing, null, of another kind, or cannot be encoded.
     """
+    with_extras = bool(set(columns) & set(conversations))
     for place, row in read_json_rows(path):
         for column in columns:
             if column not in row:
-                raise UserError(f"{place}: no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
-            if column not in conversations:
-                _check_text(row[column], f"{place}: column {column!r}")
-                continue
-            if not isinstance(row[column], list):
-                raise UserError(
-                    f"{place}: column {column!r} must be a list of {{role, content}}, got {_kind(row[column])}"
-                )
-            for i, message in enumerate(row[column], 1):
-                what = f"{place}: message {i}"
-                if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                    raise UserError(f"{what} must be an object with role and content, got {str(message)[:60]!r}")
-                _check_text(message["role"], f"{what}: role")
-                if message["content"] is not None:
-                    _check_text(message["content"], f"{what}: content")
-        yield {c: [_role_and_content(m) for m in row[c]] if c in conversations else row[c] for c in columns}
+                there = ", ".join(map(repr, row)) or "none"
+                raise UserError(f"{place}: no column {column!r}; the row has {there}{_hint(column, row)}")
+            if column in conversations:
+                check_messages(row[column], f"{place}: ", f"column {column!r}")
+            else:
+                messages = isinstance(row[column], list) and row[column] and "role" in row[column][0]
+                hint = ": messages need template tulu or chat" if messages else ""
+                _check_text(row[column], f"{place}: column {column!r}", hint)
+        out = {c: _roles_and_contents(row[c]) if c in conversations else row[c] for c in columns}
+        yield {**out, EXTRAS: _extras(row, columns, conversations, optional, place)} if with_extras else out
 
 
-def _check_text(value: Any, what: str) -> None:
+def check_messages(messages: Any, place: str, what: str) -> None:
+    """Raise UserError where `messages` is no conversation: a list of {role, content}, both text.
+
+    A message with tool_calls needs no content.
+    """
+    if not isinstance(messages, list):
+        hint = ": texts need template prompt_response" if isinstance(messages, str) else ""
+        raise UserError(f"{place}{what} must be a list of {{role, content}}, got {_kind(messages)}{hint}")
+    for i, message in enumerate(messages, 1):
+        where = f"{place}message {i}"
+        if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
+            hint = "; rename from and value (ShareGPT), human and gpt to user and assistant"
+            hint = hint if isinstance(message, dict) and {"from", "value"} <= message.keys() else ""
+            raise UserError(f"{where} must be an object with role and content, got {str(message)[:60]!r}{hint}")
+        _check_text(message["role"], f"{where}: role")
+        if message.get("content") is not None:
+            _check_text(message["content"], f"{where}: content")
+
+
+def _hint(column: str, row: dict) -> str:
+    if column == MESSAGES and {"prompt", "completion"} <= row.keys():
+        return ": put prompt and completion into one list of messages, or use template prompt_response"
+    if column == MESSAGES and "conversations" in row:
+        return ": rename it, its from and value to role and content, human and gpt to user and assistant"
+    return ""
+
+
+def _roles_and_contents(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": m["role"], "content": m.get("content")} for m in messages]
+
+
+def _extras(
+    row: dict[str, Any], columns: tuple[str, ...], conversations: tuple[str, ...], optional: tuple[str, ...], place: str
+) -> str:
+    """What a row holds beside texts, roles and contents, as JSON: {column: value, or list of the messages' others}."""
+    extras = {name: row[name] for name in optional if name not in columns and row.get(name) not in (None, [], {}, "")}
+    for column in set(columns) & set(conversations):
+        others = [{k: v for k, v in m.items() if k not in ("role", "content") and v is not None} for m in row[column]]
+        if any(others):
+            extras[column] = others
+    if not extras:
+        return ""
+    text = json.dumps(extras, ensure_ascii=False, default=str)
+    _check_text(text, f"{place}: {' or '.join(extras)}")
+    return text
+
+
+def with_extras(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of load_rows with its extras in their places: messages are whole again, optional columns are there."""
+    extras = json.loads(row[EXTRAS]) if row.get(EXTRAS) else {}
+    row = {name: value for name, value in row.items() if name != EXTRAS}
+    for name, value in extras.items():
+        row[name] = [{**m, **other} for m, other in zip(row[name], value, strict=True)] if name in row else value
+    return row
+
+
+def _check_text(value: Any, what: str, hint: str = "") -> None:
     if not isinstance(value, str):
-        raise UserError(f"{what} must be text, got {_kind(value)}")
+        raise UserError(f"{what} must be text, got {_kind(value)}{hint}")
     if not value.isascii():
         try:
             value.encode()
@@ -123,10 +234,6 @@ def _check_text(value: Any, what: str) -> None:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
-
-
-def _role_and_content(message: dict[str, Any]) -> dict[str, Any]:
-    return {"role": message["role"], "content": message["content"]}
 
 
 def split_cap(source: str) -> tuple[str, int]:
@@ -144,12 +251,30 @@ def split_cap(source: str) -> tuple[str, int]:
 
 
 def load_all(
-    sources: list[str], columns: tuple[str, ...], split: str = "train", conversations: tuple[str, ...] = (MESSAGES,)
+    sources: list[str],
+    columns: tuple[str, ...],
+    split: str = "train",
+    conversations: tuple[str, ...] = (MESSAGES,),
+    optional: tuple[str, ...] = (),
 ) -> Dataset:
     """The datasets `SOURCE` or `SOURCE:N` (its first N rows), one after the other; see load_rows."""
-    capped = map(split_cap, sources)
-    parts = [load_rows(source, columns, split, max_rows, conversations=conversations) for source, max_rows in capped]
-    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    parts = [
+        load_rows(source, columns, split, max_rows, conversations=conversations, optional=optional)
+        for source, max_rows in map(split_cap, sources)
+    ]
+    return _concatenated(parts)
+
+
+def _concatenated(parts: list[Dataset]) -> Dataset:
+    """The parts as one dataset, whose fingerprint follows from theirs alone: what is cached of it is found again.
+
+    That of concatenate_datasets differs between the call that has built a part and later ones.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rows = concatenate_datasets(parts)
+    rows._fingerprint = _hash(" ".join(part._fingerprint for part in parts))
+    return rows
 
 
 def load_rows(
@@ -159,20 +284,26 @@ def load_rows(
     max_rows: int = 0,
     subset: str | None = None,
     conversations: tuple[str, ...] = (MESSAGES,),
+    optional: tuple[str, ...] = (),
 ) -> Dataset:
     """The columns of a dataset, on disk and memory-mapped: text, but for `conversations`, lists of {role, content}.
 
+    Beside a conversation there is the column `extras`, JSON text: what its messages hold beside role and content (a
+    tool call), and the `optional` columns; "" if there is nothing. See with_extras.
+
     Args:
-        source: a file, a folder of files (in the order of their names, its folders' too), or a Hub id.
-        split, subset: which part of a Hub dataset (the Hub calls subset a configuration).
+        source: a file, a folder, see data_files, or a Hub id.
+        split: which part of a folder or of a Hub dataset.
+        subset: and which configuration of a Hub dataset.
         max_rows: the first N rows; 0: all.
+        optional: columns that are kept where a row has them, of any type, null and empty ones left out.
     Raises:
         UserError: the data cannot be read or has not the columns; no rows.
     """
-    files = data_files(source)
-    kinds = columns, conversations
+    files = data_files(source, split)
+    kinds = columns, conversations, optional
     parts = [_from_hub(source, split, subset)] if files is None else [_from_file(f, *kinds) for f in files]
-    rows = concatenate_datasets([_only(part, *kinds, source) for part in parts])
+    rows = _concatenated([_only(part, *kinds, source) for part in parts])
     if max_rows:
         rows = rows.select(range(min(max_rows, len(rows))))
     if len(rows) == 0:
@@ -182,39 +313,78 @@ def load_rows(
 
 def _features(columns: tuple[str, ...], conversations: tuple[str, ...]) -> Features:
     text = Value("string")
-    return Features({c: List({"role": text, "content": text}) if c in conversations else text for c in columns})
+    features = {c: List({"role": text, "content": text}) if c in conversations else text for c in columns}
+    return Features({**features, EXTRAS: text} if set(columns) & set(conversations) else features)
 
 
-def _only(rows: Dataset, columns: tuple[str, ...], conversations: tuple[str, ...], source: str) -> Dataset:
+def _only(
+    rows: Dataset,
+    columns: tuple[str, ...],
+    conversations: tuple[str, ...],
+    optional: tuple[str, ...],
+    source: str,
+) -> Dataset:
     """These columns, in the one type that all parts of a dataset share (Parquet files may say large_string)."""
+    features = _features(columns, conversations)
     _check_columns(rows, columns, conversations, source)
-    rows, features = rows.select_columns(list(columns)), _features(columns, conversations)
-    if rows.features == features:
+    if rows.features == features:  # what _from_file has read of JSON
         return rows
-    if some := set(columns) & set(conversations):  # messages may hold more than these, or hold them in another order
-        return rows.map(lambda row: {c: [_role_and_content(m) for m in row[c]] for c in some}, features=features)
-    return rows.cast(features)
+    if not set(columns) & set(conversations):
+        rows = rows.select_columns(list(columns))
+        return rows if rows.features == features else rows.cast(features)
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        place = f"dataset {source}, row {index + 1}"
+        row = _without_nulls(row)  # Arrow gives each message the keys of all, null where it has them not
+        for column in set(columns) & set(conversations):
+            row[column] = [{"content": None, **m} if isinstance(m, dict) else m for m in row[column]]
+            check_messages(row[column], f"{place}: ", f"column {column!r}")
+        out = {c: _roles_and_contents(row[c]) if c in conversations else row[c] for c in columns}
+        return {**out, EXTRAS: _extras(row, columns, conversations, optional, place)}
+
+    wanted = [name for name in rows.column_names if name in (*columns, *optional)]
+    identity = f"{rows._fingerprint} {columns} {conversations} {optional} {Path(__file__).read_bytes()}"
+    return rows.select_columns(wanted).map(
+        convert, with_indices=True, remove_columns=wanted, features=features, new_fingerprint=_hash(identity)
+    )
 
 
-def _from_file(path: Path, columns: tuple[str, ...], conversations: tuple[str, ...]) -> Dataset:
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _from_file(
+    path: Path, columns: tuple[str, ...], conversations: tuple[str, ...], optional: tuple[str, ...]
+) -> Dataset:
     stamp = path.stat()
     if stamp.st_size == 0:
         raise UserError(f"{path}: the file is empty")
     try:
+        if path.is_dir():
+            return datasets.load_from_disk(str(path))
         if path.suffix == ".parquet":
             return load_dataset("parquet", data_files=str(path), split="train")
-        identity = f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {columns} {conversations}"
+        # A changed file is read anew.
+        identity = _hash(f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {columns} {conversations} {optional}")
         return Dataset.from_generator(
             read_columns,
-            gen_kwargs={"path": str(path), "columns": columns, "conversations": conversations},
+            gen_kwargs={
+                "path": str(path), "columns": columns, "conversations": conversations, "optional": optional
+            },
             features=_features(columns, conversations),
-            fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:32],  # a changed file is read anew
-        )
+            fingerprint=identity,
+        )  # fmt: skip
     except DatasetGenerationError as e:
         cause = e.__cause__ or e
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{path}: cannot be read: {cause}") from None
     except (ValueError, OSError) as e:  # no Parquet file; a cache that cannot be written
         raise UserError(f"{path}: cannot be read: {_one_line(e)}") from None
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _from_hub(source: str, split: str, subset: str | None) -> Dataset:
@@ -230,16 +400,27 @@ def _from_hub(source: str, split: str, subset: str | None) -> Dataset:
 def _check_columns(rows: Dataset, columns: tuple[str, ...], conversations: tuple[str, ...], source: str) -> None:
     for column in columns:
         if column not in rows.column_names:
-            raise UserError(f"dataset {source}: no column {column!r}; it has {', '.join(rows.column_names)}")
+            hint = _hint(column, dict.fromkeys(rows.column_names))
+            raise UserError(f"dataset {source}: no column {column!r}; it has {', '.join(rows.column_names)}{hint}")
         kind = rows.features[column]
         if column in conversations:
             inner = getattr(kind, "feature", None)
             if not isinstance(inner, dict) or not {"role", "content"} <= inner.keys():
                 raise UserError(f"dataset {source}: column {column!r} must be a list of {{role, content}}, got {kind}")
-        elif getattr(kind, "dtype", None) not in ("string", "large_string"):
+            for name in ("role", "content"):
+                if not _is_text(inner[name]):
+                    raise UserError(f"dataset {source}: column {column!r}: {name} must be text, got {inner[name]}")
+        elif not _is_text(kind):
             raise UserError(f"dataset {source}: column {column!r} must be text, got {getattr(kind, 'dtype', kind)}")
         if nulls := rows.data.column(column).null_count:
-            raise UserError(f"dataset {source}: column {column!r} is null in {nulls} of {len(rows)} rows")
+            first = rows.data.column(column).is_null().to_pylist().index(True) + 1
+            raise UserError(
+                f"dataset {source}: column {column!r} is null in {nulls} of {len(rows)} rows, the first is row {first}"
+            )
+
+
+def _is_text(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in ("string", "large_string", "null")
 
 
 def _one_line(e: BaseException) -> str:

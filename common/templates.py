@@ -5,17 +5,30 @@ or not, of the messages of a conversation, which is also what DPO needs of a pro
 """
 
 import itertools
+import json
+import re
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 
+import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 
 from common.config import UserError
-from common.sources import MESSAGES
+from common.sources import EXTRAS, MESSAGES, check_messages, with_extras
 
 IGNORE = -100  # label of a token that is not trained
 PREFERENCES = ("chosen", "rejected")
+PROMPT = "prompt"  # optional column beside preferences: what stands in front of both
+
+# What a chat template that asks for today's date is told, in training and in scoring: the text of an example must not
+# change overnight. It is the date that Llama 3.1's template names where it cannot ask.
+TODAY = datetime(2024, 7, 26)
+# Keys of a row or message without which the text would say something else: rendered, or refused.
+CALLS = ("tools", "documents", "tool_calls", "function_call")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
@@ -60,11 +73,16 @@ def prompt_response(row: dict[str, str]) -> tuple[str, str]:
     return row["prompt"], row["response"]
 
 
-def tulu(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+def tulu(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any] | None = None
+) -> list[Segment]:
     """open-instruct's chat format (June 2024): `<|role|>`, a line break, the stripped content; EOS after an answer.
 
     Trained are the answers, their EOS, and the line break before a next turn; the header `<|assistant|>` is not.
     """
+    for name in CALLS:
+        if name in (variables or {}) or any(name in message for message in messages):
+            raise UserError(f"template tulu knows no {name!r}: use template chat, or delete them from the data")
     segments = []
     for message in messages:
         role, content = message["role"], message["content"].strip()
@@ -78,25 +96,32 @@ def tulu(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
     return segments
 
 
-def chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+def chat(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any] | None = None
+) -> list[Segment]:
     """The tokenizer's own chat template; trained is what it adds for an assistant's turn to the text before that turn.
 
+    Args:
+        messages: with all keys that they have in the data: the template takes what it knows.
+        variables: what the template is given beside them, such as tools.
     Raises:
-        UserError: there is no template, it refuses the messages, or its text for the first messages of a conversation
-            is not the beginning of its text for more of them.
+        UserError: there is no template; it refuses the messages, leaves one of them or its calls out, or its text for
+            the first messages of a conversation is not the beginning of its text for more of them.
     """
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template: use template tulu")
+    variables = variables or {}
+    source = chat_template(tokenizer)
+    for name in CALLS:
+        if (name in variables or any(name in m for m in messages)) and not re.search(rf"\b{name}\b", source):
+            raise UserError(f"the tokenizer's chat template does not render {name!r}: delete them from the data")
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if role in OTHER_NAMES and not re.search(rf"\b{role}\b", source):
+            raise UserError(f"message {i + 1}: chat templates do not know the role {role!r}: use {OTHER_NAMES[role]!r}")
 
-    def render(count: int, to_be_answered: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=to_be_answered)
-        except Exception as e:  # Jinja's own, and what the template raises
-            raise UserError(f"the tokenizer's chat template refuses the conversation: {e}") from None
-
-    segments, done = [], ""
+    segments, done, upto = [], "", 0
     for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        for text, trained in ((render(i, True), False), (render(i + 1, False), True)):
+        for upto, trained in ((i, False), (i + 1, True)):
+            text = apply_chat_template(tokenizer, messages[:upto], not trained, **variables)
             if not text.startswith(done):
                 raise UserError(
                     f"the tokenizer's chat template renders the messages before message {i + 1} otherwise when later "
@@ -104,7 +129,78 @@ def chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
                 )
             segments.append(Segment(text[len(done) :], trained))
             done = text
+    for i, message in enumerate(messages[:upto], 1):
+        content = (message["content"] or "").rpartition("</think>")[2].strip()  # earlier thoughts may be left out
+        if content not in done and json.dumps(content, ensure_ascii=False)[1:-1] not in done:
+            raise UserError(
+                f"the tokenizer's chat template leaves out the content of message {i} (role {message['role']})"
+            )
     return segments  # what follows the last answer is not trained: leave it out
+
+
+OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant"}
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The source of a tokenizer's chat template, or of all it has, one after the other."""
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template: use template tulu")
+    source = tokenizer.chat_template
+    return source if isinstance(source, str) else "\n".join(source.values())
+
+
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], to_be_answered: bool, **variables
+) -> str:
+    """The text of messages by the tokenizer's own chat template, for which it is always TODAY.
+
+    Args:
+        to_be_answered: add what begins an assistant's turn.
+        variables: of the template, such as tools.
+    Raises:
+        UserError: the template does not parse, or refuses the messages.
+    """
+    if not messages and not to_be_answered:
+        return ""
+    clock = unittest.mock.Mock(now=lambda: TODAY)
+    try:
+        with unittest.mock.patch("transformers.utils.chat_template_utils.datetime", clock):
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=to_be_answered, **variables
+            )
+    except jinja2.TemplateSyntaxError as e:
+        raise UserError(f"the tokenizer's chat template does not parse, line {e.lineno}: {e.message}") from None
+    except Exception as e:  # Jinja's own, and what the template raises
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        raise UserError(f"the tokenizer's chat template refuses the conversation: {reason}") from None
+
+
+def chat_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The names that the tokenizer's chat template expects beside the messages and what transformers gives it."""
+    source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", chat_template(tokenizer))  # transformers' own tag
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except jinja2.TemplateSyntaxError as e:
+        raise UserError(f"the tokenizer's chat template does not parse, line {e.lineno}: {e.message}") from None
+    given = {"add_generation_prompt", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
+    return jinja2.meta.find_undeclared_variables(parsed) - given - {MESSAGES, "continue_final_message"}
+
+
+def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that ends an assistant's turn in the tokenizer's chat template: the first special one behind the text.
+
+    Returns:
+        its id; an empty list where there is no chat template, or where text alone ends a turn.
+    """
+    mark = "the answer"
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+    try:
+        chat_template(tokenizer)
+        behind = apply_chat_template(tokenizer, messages, False).rpartition(mark)[2]
+    except UserError:
+        return []
+    special = tokenizer.added_tokens_decoder
+    return [i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in special][:1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,11 +219,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's messages, a list of {role, content}, become segments of text."""
+    """A row's messages, a list of {role, content, ...}, become segments of text.
 
-    render: Callable[[list[dict[str, str]], PreTrainedTokenizerBase], list[Segment]]
+    render takes messages, tokenizer, and the row's `variables`, columns of these names that are not empty.
+    """
+
+    render: Callable[[list[dict[str, Any]], PreTrainedTokenizerBase, dict[str, Any]], list[Segment]]
     special_tokens: bool = True  # the tokenizer adds its BOS; a chat template has written its own
     columns: tuple[str, ...] = (MESSAGES,)
+    variables: Callable[[PreTrainedTokenizerBase], set[str]] = lambda tokenizer: set()
+    turn_ends: Callable[[PreTrainedTokenizerBase], list[int]] = lambda tokenizer: [tokenizer.eos_token_id]
 
 
 TEMPLATES: dict[str, Pair | Conversation] = {
@@ -135,7 +236,7 @@ TEMPLATES: dict[str, Pair | Conversation] = {
     "magicoder": Pair(("instruction", "response"), magicoder, apart=True),
     "prompt_response": Pair(("prompt", "response"), prompt_response),
     "tulu": Conversation(tulu),
-    "chat": Conversation(chat, special_tokens=False),
+    "chat": Conversation(chat, special_tokens=False, variables=chat_variables, turn_ends=turn_end_ids),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,22 +257,55 @@ def columns(template: Pair | Conversation, preferences: bool) -> tuple[tuple[str
     return (*template.columns[:-1], *PREFERENCES), ()
 
 
+def optional_columns(
+    template: Pair | Conversation, preferences: bool, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
+    """Columns that are read where a row has them: a prompt for both answers, what the template renders or refuses."""
+    if isinstance(template, Pair):
+        return ()
+    names = {*template.variables(tokenizer), *CALLS, "chat_template_kwargs"}
+    return tuple(sorted(names | {PROMPT} if preferences else names))
+
+
+def turn_ends(template: Pair | Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a trained answer; none where only text does."""
+    return [tokenizer.eos_token_id] if isinstance(template, Pair) else template.turn_ends(tokenizer)
+
+
 def render(template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The segments of a row.
+    """The segments of a row of load_rows.
 
     Raises:
         LeftOut: a message is empty.
         UserError: the row cannot be rendered; a response is empty.
     """
     if isinstance(template, Conversation):
-        messages = row[MESSAGES]
-        if not messages or any(not (m["content"] or "").strip() for m in messages):
-            raise LeftOut("an empty message")
-        return template.render(messages, tokenizer)
+        row = with_extras(row)
+        return _render_messages(template, row[MESSAGES], _variables(row, template.columns), tokenizer)
     prompt, response = template.render(row)
     if not response.strip():
         raise UserError("the response is empty")
     return [Segment(prompt, False), Segment(response, True)]
+
+
+def _variables(row: dict[str, Any], columns: tuple[str, ...]) -> dict[str, Any]:
+    """What a row gives to the chat template beside its conversations."""
+    given = {name: value for name, value in row.items() if name not in (*columns, PROMPT, EXTRAS)}
+    more = given.pop("chat_template_kwargs", {})
+    if not isinstance(more, dict):
+        raise UserError(f"chat_template_kwargs must be an object, got {type(more).__name__}")
+    return {**given, **more}
+
+
+def _render_messages(
+    template: Conversation,
+    messages: list[dict[str, Any]],
+    variables: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Segment]:
+    if not messages or any(not (m["content"] or "").strip() and not m.get("tool_calls") for m in messages):
+        raise LeftOut("an empty message")
+    return template.render([{**m, "content": m["content"] or ""} for m in messages], tokenizer, variables)
 
 
 def render_preference(
@@ -179,37 +313,57 @@ def render_preference(
 ) -> tuple[list[Segment], list[Segment]]:
     """The segments of the chosen and of the rejected answer to a prompt; trained is the last answer alone.
 
-    The columns `chosen` and `rejected` are conversations with the same messages but for the last one (the schema of
-    HuggingFaceH4/ultrafeedback_binarized), or texts beside the template's own columns of the prompt.
+    The columns `chosen` and `rejected` are texts beside the template's own columns of the prompt, or conversations with
+    the same messages but for the last one (the schema of HuggingFaceH4/ultrafeedback_binarized). A column `prompt`,
+    messages or the user's text, stands in front of conversations that do not begin with it (TRL's explicit format).
 
     Raises:
-        LeftOut: an answer or a message is empty, the answers are equal, or the prompts are not.
+        LeftOut: an answer or a message is empty, the answers are equal, the prompts are not or are not there, or both
+            answers repeat the prompt.
         UserError: the row cannot be rendered.
     """
-    both = [row[column] for column in PREFERENCES]
     if isinstance(template, Conversation):
+        row = with_extras(row)
+        variables = _variables(row, PREFERENCES)
+        both = [_with_prompt(row.get(PROMPT, []), row[column]) for column in PREFERENCES]
         if any(not messages or messages[-1]["role"] != "assistant" for messages in both):
             raise LeftOut("no answer at the end")
         if both[0][:-1] != both[1][:-1]:
             raise LeftOut("different prompts")
+        if len(both[0]) == 1:
+            raise LeftOut("no prompt")
         answers = [messages[-1]["content"] or "" for messages in both]
+        if any(not text.strip() and not m[-1].get("tool_calls") for text, m in zip(answers, both, strict=True)):
+            raise LeftOut("an empty answer")
+        if answers[0].strip() == answers[1].strip() and both[0][-1].get("tool_calls") == both[1][-1].get("tool_calls"):
+            raise LeftOut("equal answers")
+        chosen, rejected = (_render_messages(template, messages, variables, tokenizer) for messages in both)
     else:
-        answers = both
-    if any(not answer.strip() for answer in answers):
-        raise LeftOut("an empty answer")
-    if answers[0].strip() == answers[1].strip():
-        raise LeftOut("equal answers")
-    chosen, rejected = (
-        render(
-            template,
-            {MESSAGES: answer} if isinstance(template, Conversation) else {**row, template.columns[-1]: answer},
-            tokenizer,
-        )
-        for answer in both
-    )
+        answers = [row[column] for column in PREFERENCES]
+        if any(not answer.strip() for answer in answers):
+            raise LeftOut("an empty answer")
+        if answers[0].strip() == answers[1].strip():
+            raise LeftOut("equal answers")
+        prompts = [row[name].strip() for name in template.columns[:-1]]
+        if any(prompt and all(a.strip().startswith(prompt) for a in answers) for prompt in prompts):
+            raise LeftOut("answers that repeat the prompt")
+        chosen, rejected = (render(template, {**row, template.columns[-1]: a}, tokenizer) for a in answers)
     for segments in (chosen, rejected):
         segments[:-1] = [segment._replace(trained=False) for segment in segments[:-1]]
     return chosen, rejected
+
+
+def _with_prompt(prompt: str | list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages behind a prompt, unless they begin with one."""
+    if isinstance(prompt, str):  # beside whole conversations it is their first question once more
+        return (
+            messages
+            if any(m["role"] != "assistant" for m in messages)
+            else [{"role": "user", "content": prompt}, *messages]
+        )
+    check_messages(prompt, "", f"column {PROMPT!r}")
+    prompt = [{"content": None, **message} for message in prompt]
+    return messages if messages[: len(prompt)] == prompt else [*prompt, *messages]
 
 
 def encode(
@@ -241,10 +395,23 @@ def encode(
             if segment.trained:
                 labels[start:end] = ids[start:end]
             start = max(start, end)
-        if pair and ids[-1] != tokenizer.eos_token_id:
+        if not pair:
+            _check_eos("".join(segment.text for segment in segments), ids, special_tokens, tokenizer)
+        elif ids[-1] != tokenizer.eos_token_id:
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
         out.append((ids, labels))
     return out
+
+
+def _check_eos(text: str, ids: list[int], special_tokens: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where an EOS that stands in a text has not become its token."""
+    eos = tokenizer.eos_token_id
+    added = special_tokens and tokenizer.bos_token_id == eos and ids[:1] == [eos]  # one token begins and ends texts
+    if text.count(tokenizer.eos_token) != ids.count(eos) - added:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} does not make one token of {tokenizer.eos_token!r} in a text: its "
+            "tokenizer.json should list it as an added token with special true and normalized false"
+        )
 
 
 def encode_prompts(

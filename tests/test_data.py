@@ -138,6 +138,99 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
     assert list(sources.load_all(both, COLUMNS)) == (expected * 2)[:4] + expected
 
 
+def numbered(*numbers):
+    return [{"query": f"{i}", "response": "r"} for i in numbers]
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        ({"train.jsonl": 1, "test.jsonl": 2}, {"train": [1], "test": [2]}),
+        ({"train/b.jsonl": 2, "train/a.jsonl": 1, "test/a.jsonl": 3}, {"train": [1, 2], "test": [3]}),
+        ({"x-train.jsonl": 1, "x-eval.jsonl": 2}, {"train": [1], "test": [2]}),
+        ({"b.jsonl": 2, "a.jsonl": 1, "sub/c.jsonl": 3}, {"train": [1, 2, 3]}),
+        ({"contest.jsonl": 1, "latest.jsonl": 2}, {"train": [1, 2]}),
+        ({"data/one.jsonl": 1, "data/two.jsonl": 2, "README.md": "one two"}, {"one": [1], "two": [2]}),
+    ],
+)
+def test_a_folder_has_the_splits_that_datasets_finds(tmp_path, files, splits):
+    from datasets import load_dataset
+
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name == "README.md":
+            lines = [f"  - split: {split}\n    path: data/{split}*\n" for split in content.split()]
+            (tmp_path / name).write_text(
+                "---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(lines) + "---\n"
+            )
+        else:
+            write_rows(tmp_path / name, numbered(content))
+    for split, expected in splits.items():
+        rows = sources.load_rows(str(tmp_path), COLUMNS, split)
+        assert rows.to_list() == numbered(*expected) == load_dataset(str(tmp_path), split=split).to_list()
+    with pytest.raises(UserError, match="no split 'other'; the folder has ") as error:
+        sources.load_rows(str(tmp_path), COLUMNS, "other")
+    assert all(f"{split}: " in str(error.value) for split in splits)
+
+
+def test_a_folder_of_several_configurations_is_not_guessed(tmp_path):
+    configs = "".join(f"- config_name: {c}\n  data_files: {c}.jsonl\n" for c in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for c in "ab":
+        write_rows(tmp_path / f"{c}.jsonl", numbered(1))
+    with pytest.raises(UserError, match="its README has the configurations a, b: name the files of one"):
+        sources.load_rows(str(tmp_path), COLUMNS)
+
+
+def test_what_datasets_leaves_on_disk(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    train, test = Dataset.from_list(numbered(1, 2)), Dataset.from_list(numbered(3))
+    train.save_to_disk(tmp_path / "one")
+    DatasetDict(train=train, test=test).save_to_disk(tmp_path / "dict")
+    read = lambda *args: sources.load_rows(str(tmp_path / args[0]), COLUMNS, *args[1:]).to_list()  # noqa: E731
+    assert read("one") == read("dict") == numbered(1, 2) and read("dict", "test") == numbered(3)
+    with pytest.raises(UserError, match="no split 'dev'; the folder has test: test; train: train"):
+        read("dict", "dev")
+    (tmp_path / "infos").mkdir()
+    write_rows(tmp_path / "infos" / "train.jsonl", numbered(1))
+    (tmp_path / "infos" / "dataset_infos.json").write_text(json.dumps({"default": {"splits": {"train": {}}}}))
+    assert read("infos") == numbered(1)
+    (tmp_path / "dict" / "dataset_dict.json").write_text("{")
+    with pytest.raises(UserError, match="dataset_dict.json cannot be read"):
+        read("dict")
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match="one: cannot be read"):
+        read("one")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder", "disk"])
+@pytest.mark.parametrize("word", ["metamath", "tulu"])
+def test_rows_are_read_and_tokenised_once(tmp_path, tokenizer, monkeypatch, kind, word):
+    import pandas
+    from datasets import Dataset
+
+    rows = [{**row, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
+            for row in numbered(1, 2)]  # fmt: skip
+    path = tmp_path / f"a.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        pandas.DataFrame(rows).to_parquet(path)
+    elif kind == "disk":
+        Dataset.from_list(rows).save_to_disk(path)
+    else:
+        (tmp_path / "a.folder").mkdir()
+        write_rows(path / "train-1.jsonl" if kind == "folder" else path, rows)
+        if kind == "folder":
+            write_rows(path / "train-2.jsonl", rows)
+    calls, encode = [], templates.encode
+    monkeypatch.setattr(templates, "encode", lambda *args: calls.append(args) or encode(*args))
+    template = templates.TEMPLATES[word]
+    examples = [data.tokenise(sources.load_all([str(path)], template.columns), tokenizer, word, 512) for _ in range(3)]
+    assert len(calls) == 1 and examples[0].rows.to_list() == examples[2].rows.to_list()
+
+
 def test_caps(tmp_path, monkeypatch):
     assert sources.split_cap("a/b:500") == ("a/b", 500) and sources.split_cap("a/b") == ("a/b", 0)
     assert sources.split_cap("c:x") == ("c:x", 0) and sources.split_cap(":5") == ("", 5)

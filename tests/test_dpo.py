@@ -46,8 +46,10 @@ def dpo_args(model_dir, pairs_file):
 
 
 def tokenised(rows, tokenizer, template, tmp_path, max_length=128, overlong="truncate"):
-    columns, conversations = templates.columns(templates.TEMPLATES[template], True)
-    rows = sources.load_rows(str(write_rows(tmp_path / "rows.jsonl", rows)), columns, conversations=conversations)
+    kind, path = templates.TEMPLATES[template], str(write_rows(tmp_path / "rows.jsonl", rows))
+    columns, conversations = templates.columns(kind, True)
+    optional = templates.optional_columns(kind, True, tokenizer)
+    rows = sources.load_rows(path, columns, conversations=conversations, optional=optional)
     return data.tokenise(rows, tokenizer, template, max_length, overlong, 1, preferences=True)
 
 
@@ -124,6 +126,37 @@ def test_losses_rewards_and_gradients_are_those_of_trl(normalised, tmp_path, pai
 
 def conversation(*contents):
     return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def test_an_explicit_prompt_stands_in_front_of_both_answers(tmp_path, model_dir):
+    """TRL's explicit format, with messages or the user's text as prompt, gives the tokens of the implicit one."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    system, chosen, rejected = {"role": "system", "content": "s"}, conversation("q", "good"), conversation("q", "bad")
+    implicit = [
+        {"chosen": chosen, "rejected": rejected},
+        {"chosen": [system, *chosen], "rejected": [system, *rejected]},
+    ]
+    answers = {"chosen": chosen[1:], "rejected": rejected[1:]}
+    explicit = [{"prompt": chosen[:1], **answers}, {"prompt": [system, *chosen[:1]], **answers}]
+    expected = tokenised(implicit, tokenizer, "tulu", tmp_path).rows.to_list()
+    assert "q" in tokenizer.decode(expected[0]["input_ids"])
+    for rows in (
+        explicit,
+        [{"prompt": "q", **answers}, explicit[1]],
+        [{"prompt": "q", **implicit[0]}, {"prompt": [system, *chosen[:1]], **implicit[1]}],  # said twice, as on the Hub
+    ):
+        assert tokenised(rows, tokenizer, "tulu", tmp_path).rows.to_list() == expected
+    with pytest.raises(UserError, match="1 with no prompt"):
+        tokenised([answers], tokenizer, "tulu", tmp_path)
+    with pytest.raises(UserError, match="column 'prompt' must be a list of {role, content}, got dict"):
+        tokenised([{"prompt": system, **answers}], tokenizer, "tulu", tmp_path)
+    both = {"prompt": "Human: q Assistant:", "chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"}
+    with pytest.raises(UserError, match="1 with answers that repeat the prompt"):
+        tokenised([both], tokenizer, "prompt_response", tmp_path)
+    with pytest.raises(UserError, match="column 'chosen' must be a list .*, got str: texts need template prompt_respo"):
+        tokenised([both], tokenizer, "tulu", tmp_path)
+    with pytest.raises(UserError, match="column 'prompt' must be text, got list: messages need template tulu or chat"):
+        tokenised(explicit, tokenizer, "prompt_response", tmp_path)
 
 
 def test_of_a_conversation_the_last_answer_is_trained(tmp_path, model_dir):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 import train
 from common import sources, templates
 from common.config import UserError
+from common.hub import from_pretrained
 from training import data
 
 USER, ASSISTANT = "user", "assistant"
@@ -175,7 +176,9 @@ def test_messages_from_all_kinds_of_files(tmp_path, tokenizer):
     pandas.DataFrame(rows).to_parquet(tmp_path / "c.parquet")
     pandas.DataFrame([{"messages": [{"content": "x", "role": USER}]}]).to_parquet(tmp_path / "d.parquet")
     loaded = sources.load_rows(str(tmp_path), ("messages",)).to_list()
-    assert loaded == [{"messages": turns("Hi", "Hello")}] * 6 + [{"messages": turns("x")}]
+    assert [row["messages"] for row in loaded] == [turns("Hi", "Hello")] * 6 + [turns("x")]
+    whole = [sources.with_extras(row) for row in loaded]
+    assert whole == [{"messages": rows[0]["messages"]}] * 6 + [{"messages": turns("x")}]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def test_messages_from_all_kinds_of_files(tmp_path, tokenizer):
     [
         ("Hi", r"line 1: column 'messages' must be a list of \{role, content\}, got str"),
         (["Hi"], "line 1: message 1 must be an object with role and content, got 'Hi'"),
-        ([{"from": "human", "value": "Hi"}], "line 1: message 1 must be an object with role and content"),
+        ([{"from": "human", "value": "Hi"}], "message 1 must be an object with role and content, .*; rename from and"),
         ([{"role": 1, "content": "Hi"}], "line 1: message 1: role must be text, got int"),
         ([{"role": USER, "content": ["Hi"]}], "line 1: message 1: content must be text, got list"),
         ([{"role": USER, "content": "\ud800"}], "line 1: message 1: content holds half of a surrogate pair"),
@@ -201,6 +204,176 @@ def test_bad_messages_in_parquet(tmp_path):
     pandas.DataFrame([{"messages": [{"from": "human", "value": "Hi"}]}]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"column 'messages' must be a list of \{role, content\}, got List"):
         sources.load_rows(str(tmp_path / "a.parquet"), ("messages",))
+
+
+def test_content_in_parts_is_refused_alike_in_parquet(tmp_path):
+    import pandas
+
+    rows = [{"messages": [{"role": USER, "content": [{"type": "text", "text": "Hi"}]}]}]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    for path in (write_rows(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"):
+        with pytest.raises(UserError, match="content must be text, got "):
+            sources.load_rows(str(path), ("messages",))
+
+
+# --- tools, and all else that a template renders ---------------------------------------------------------------------
+
+TOOLS = (
+    "{% if tools %}[{% for t in tools %}{{ t.function.name }}{% endfor %}]{{ '\n' }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if mood is defined %} ({{ mood }}){% endif %}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 0, "b": 1}}}
+
+
+def calling(content="Let me see."):
+    messages = [
+        *turns("0+1?", content),
+        {"role": "tool", "name": "add", "content": "1"},
+        *turns("It is 1.", roles=(ASSISTANT,)),
+    ]
+    messages[1] = {**messages[1], "tool_calls": [CALL]}
+    return {"tools": [ADD], "messages": messages}
+
+
+def load(path, word, tokenizer, preferences=False):
+    """What train.py does with a file."""
+    template = templates.TEMPLATES[word]
+    columns, conversations = templates.columns(template, preferences)
+    optional = templates.optional_columns(template, preferences, tokenizer)
+    rows = sources.load_rows(str(path), columns, conversations=conversations, optional=optional)
+    return data.tokenise(rows, tokenizer, word, 512, preferences=preferences)
+
+
+def text_of(tokenizer, examples, index=0):
+    return trained_text(tokenizer, examples.rows[index]["input_ids"], examples.rows[index]["labels"])
+
+
+@pytest.fixture
+def calls_tools(model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = TOOLS
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tools_and_calls_are_rendered(tmp_path, calls_tools, kind):
+    rows = [calling(), calling(None), {"messages": turns("Hi", "Hello"), "mood": "happy", "tools": None}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    if kind == "parquet":
+        import pandas
+
+        path = tmp_path / "a.parquet"
+        pandas.DataFrame(rows).to_parquet(path)
+    examples = load(path, "chat", calls_tools)
+    call = '<call>add{"a": 0, "b": 1}</call><eos>\n】tool: 1\nassistant: 【It is 1.<eos>\n】'
+    assert text_of(calls_tools, examples) == "[add]\nuser: 0+1?\nassistant: 【Let me see." + call
+    assert text_of(calls_tools, examples, 1) == "[add]\nuser: 0+1?\nassistant: 【" + call
+    assert text_of(calls_tools, examples, 2) == "user: Hi (happy)\nassistant: 【Hello (happy)<eos>\n】"
+
+
+def test_tools_and_calls_that_no_text_shows_are_refused(tmp_path, calls_tools):
+    path = write_rows(tmp_path / "a.jsonl", [calling(None)])
+    with pytest.raises(UserError, match="row 1 of the dataset: template tulu knows no 'tools'"):
+        load(path, "tulu", calls_tools)
+    del (only_calls := calling())["tools"]
+    no_tools = write_rows(tmp_path / "b.jsonl", [only_calls])
+    with pytest.raises(UserError, match="template tulu knows no 'tool_calls'"):
+        load(no_tools, "tulu", calls_tools)
+    calls_tools.chat_template = CHATML
+    for file, name in ((path, "tools"), (no_tools, "tool_calls")):
+        with pytest.raises(
+            UserError, match=f"row 1 of the dataset: the tokenizer's chat template does not render '{name}'"
+        ):
+            load(file, "chat", calls_tools)
+    calls_tools.chat_template = "{{ tool_calls if"
+    with pytest.raises(UserError, match="the tokenizer's chat template does not parse, line 1"):
+        load(path, "chat", calls_tools)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (turns("Hi", "Hello", roles=("human", "gpt")), "message 1: .* do not know the role 'human': use 'user'"),
+        (
+            [{"role": "system", "content": "Be brief."}, *turns("Hi", "Hello")],
+            r"leaves out .* message 1 \(role system\)",
+        ),
+        (turns("Hi", "Hello", "\n", "Bye"), None),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(tmp_path, model_dir, messages, message):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    turn = "{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content | trim }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": messages}, {"messages": turns("Hi", "Hello")}])
+    if message is None:  # an empty one is left out with its row
+        assert load(path, "chat", tokenizer).left_out == {"an empty message": 1}
+    else:
+        with pytest.raises(UserError, match=message):
+            load(path, "chat", tokenizer)
+
+
+def test_today_is_the_same_tomorrow(tmp_path, tokenizer, model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    examples = load(write_rows(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}]), "chat", tokenizer)
+    assert text_of(tokenizer, examples).startswith("26 Jul 2024\n<|im_start|>user\nHi")
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+def with_tokens(model_dir, *tokens):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    return tokenizer
+
+
+def test_the_token_that_ends_a_turn(model_dir):
+    tokenizer = with_tokens(model_dir, "<|im_start|>", "<|im_end|>")
+    assert templates.turn_end_ids(tokenizer) == []  # no chat template
+    tokenizer.chat_template = CHATML
+    assert templates.turn_end_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")] != [1]
+    assert templates.turn_ends(templates.TEMPLATES["chat"], tokenizer) == templates.turn_end_ids(tokenizer)
+    assert templates.turn_ends(templates.TEMPLATES["tulu"], tokenizer) == [1]
+    assert templates.turn_ends(templates.TEMPLATES["metamath"], tokenizer) == [1]
+    tokenizer.chat_template = TOOLS
+    assert templates.turn_end_ids(tokenizer) == [1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n###\n{% endfor %}"
+    assert templates.turn_end_ids(tokenizer) == []
+
+
+@pytest.fixture
+def older_llama(tmp_path):
+    """A tokenizer whose EOS is looked for with a space in front, as in older conversions of Llama's."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", "▁", *"abcdefghijklmnopqrtuvwxyz<>/s|\n.:?HB"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = {name: AddedToken(text, normalized=True, special=True) for name, text in
+               (("bos_token", "<s>"), ("eos_token", "</s>"))}  # fmt: skip
+    backend.add_special_tokens(list(special.values()))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special).save_pretrained(tmp_path / "t")
+    return tmp_path / "t"
+
+
+def test_an_eos_in_a_text_is_one_token(older_llama):
+    row = {"messages": turns("Hi", "a", "b", "Bye")}
+    with pytest.raises(UserError, match="does not make one token of '</s>' in a text"):
+        encode_row(templates.TEMPLATES["tulu"], row, AutoTokenizer.from_pretrained(older_llama))
+    tokenizer = from_pretrained(AutoTokenizer, str(older_llama), "tokenizer")
+    ids, labels = encode_row(templates.TEMPLATES["tulu"], row, tokenizer)
+    assert ids.count(2) == 2 and ids[-1] == labels[-1] == 2
+    tokenizer.save_pretrained(older_llama)  # as in final/
+    assert AutoTokenizer.from_pretrained(older_llama)("b</s>")["input_ids"][-1] == 2
 
 
 def test_rows_together_are_encoded_as_one_by_one(tokenizer):

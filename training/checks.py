@@ -1,6 +1,7 @@
 """What is measured on the real model before training: that its loss is its own, and that packing is safe."""
 
 import contextlib
+import unittest.mock
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from common.config import TrainConfig, UserError
 from training.data import Examples, collate
+from training.losses import attach_loss
 from training.plan import wants_packing
 
 
@@ -25,6 +27,42 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, FSDPModule):  # keeps some weights whole until a backward pass, as other Parameter objects
             module.reshard()
+
+
+class _Hidden:
+    """The output of a model's layers: hidden states, and None where something else is asked for."""
+
+    def __init__(self, states: Tensor):
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.last_hidden_state
+
+
+def changes_logits(model: nn.Module) -> bool:
+    """Whether a model without weights does something to its logits, behind the head, that attach_loss does not know.
+
+    A head of eight tokens takes the place of its own, and random hidden states that of its layers' output. False where
+    this cannot be told: check_loss looks at the real model. The model is not to be used afterwards.
+    """
+    generator = torch.Generator().manual_seed(0)
+    head = model.get_output_embeddings()
+    hidden = torch.randn(1, 3, head.in_features, generator=generator)
+    inputs, positions, targets = torch.zeros(1, 3, dtype=torch.int64), torch.arange(3), torch.tensor([1, 2, 3])
+    small = nn.Linear(head.in_features, 8, bias=head.bias is not None)
+    small.weight.data.normal_(generator=generator)
+    try:
+        model.set_output_embeddings(small)
+        with torch.no_grad(), unittest.mock.patch.object(model.base_model, "forward", lambda *a, **k: _Hidden(hidden)):
+            theirs = F.cross_entropy(model(input_ids=inputs).logits[0], targets, reduction="none")
+            attach_loss(model, 0)
+            ours = model(input_ids=inputs, positions=positions, targets=targets)
+    except Exception:  # a model that is put together in another way
+        return False
+    return distance(ours, theirs) > 1e-4
 
 
 def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> None:

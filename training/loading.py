@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from common import templates
 from common.config import TrainConfig, UserError, nearest, user_errors
-from common.hub import from_pretrained
+from common.hub import from_pretrained, load_weights, one_line
 from common.sources import load_all
 from common.templates import TEMPLATES
-from training import plan
+from training import checks, plan
 from training.data import Examples, permutation, tokenise
 from training.losses import attach_loss
 
@@ -27,8 +27,10 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     if config.template not in TEMPLATES:
         raise UserError(f"template: unknown word {config.template!r}{nearest(config.template, TEMPLATES)}")
     preferences = config.objective == "dpo"
-    columns, conversations = templates.columns(TEMPLATES[config.template], preferences)
-    rows = load_all(config.dataset, columns, config.dataset_split, conversations)
+    template = TEMPLATES[config.template]
+    columns, conversations = templates.columns(template, preferences)
+    optional = templates.optional_columns(template, preferences, tokenizer)
+    rows = load_all(config.dataset, columns, config.dataset_split, conversations, optional)
     how = config.template, config.max_length, config.overlong, config.tokenise_processes
     examples = tokenise(rows, tokenizer, *how, preferences)
     if config.eval_rows >= len(examples):
@@ -38,17 +40,25 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     return tokenizer, examples.select(rest), examples.select(held_out)
 
 
-def load_architecture(config: TrainConfig, examples: Examples) -> PretrainedConfig:
-    """The model's configuration.
+def load_architecture(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PretrainedConfig:
+    """The model's configuration. A plan and a run refuse the same here, before the weights are read.
 
     Raises:
-        UserError: it does not fit the tokenizer or the examples, or its weights cannot be trained.
+        UserError: it does not fit the tokenizer or the examples, its weights cannot be trained, or it computes in a way
+            that training or eval.py does not know.
     """
     full = from_pretrained(AutoConfig, config.model, "model")
     architecture = full.get_text_config()
+    kind = f"model {config.model} (model type {full.model_type})"
     if getattr(architecture, "quantization_config", None):
         raise UserError(f"model {config.model} is quantised: its weights cannot be trained; use the unquantised model")
-    if (largest := examples.max_token_id()) >= architecture.vocab_size:
+    if getattr(architecture, "output_router_logits", False):
+        raise UserError(
+            f"{kind} adds a balancing loss of its experts' router, which is not supported: set output_router_logits to "
+            "false in its config.json to train without it"
+        )
+    largest = max(examples.max_token_id(), *tokenizer.get_vocab().values())
+    if largest >= architecture.vocab_size:
         raise UserError(
             f"token id {largest} is beyond the model's embedding of {architecture.vocab_size} rows: "
             f"the tokenizer {config.tokenizer or config.model} does not fit the model {config.model}"
@@ -56,28 +66,38 @@ def load_architecture(config: TrainConfig, examples: Examples) -> PretrainedConf
     context = getattr(architecture, "max_position_embeddings", math.inf)
     if (longest := int(examples.sequence_lengths.max())) > context:
         raise UserError(f"an example has {longest} tokens, the model's context is {context}: lower max_length")
+    try:
+        model = plan.on_meta(config, full)
+    except (ValueError, ImportError) as e:
+        hint = "; use --attention eager" if config.attention == "sdpa" else ""
+        raise UserError(
+            f"{kind} cannot be built with attention {config.attention}{hint} ({one_line(e, 120)})"
+        ) from None
+    if getattr(model, "_is_stateful", False):
+        raise UserError(f"{kind} keeps a recurrent state, which eval.py does not know: only keys and values")
+    if checks.changes_logits(model):
+        raise UserError(
+            f"{kind} does something to its logits that losses.attach_loss does not know: it scales them, say"
+        )
     return full
 
 
-def load_trainable_model(config: TrainConfig, examples: Examples) -> torch.nn.Module:
+def load_trainable_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples
+) -> torch.nn.Module:
     """The model that a run trains: it returns losses, see losses.attach_loss.
 
     Its weights are in master_dtype, whatever dtype they are stored in.
     """
-    load_architecture(config, examples)
-    model = from_pretrained(
-        AutoModelForCausalLM,
-        config.model,
-        "model",
-        dtype=getattr(torch, config.master_dtype),
-        attn_implementation=config.attention,
-    )
+    load_architecture(config, tokenizer, examples)
+    model = load_weights(config.model, dtype=getattr(torch, config.master_dtype), attention=config.attention)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         for layer in plan.layers(model):  # one compilation serves all, since they are alike; names stay
             layer.compile(dynamic=True)
     _make_generation_config_valid(model)
+    _end_generation_at(model, templates.turn_ends(TEMPLATES[config.template], tokenizer))
     attach_loss(model, config.loss_chunk)
     return model
 
@@ -93,3 +113,12 @@ def _make_generation_config_valid(model: torch.nn.Module) -> None:
         model.generation_config.do_sample = True  # what a temperature means
         with user_errors():
             model.generation_config.validate(strict=True)
+
+
+def _end_generation_at(model: torch.nn.Module, ends: list[int]) -> None:
+    """Add the tokens that end a trained answer to those at which generation stops."""
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    ends = list(dict.fromkeys([*known, *ends]))
+    if ends:
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gmt
@@ -29,8 +30,10 @@ _BLOCK_8BIT, _LEAST_8BIT = 256, 4096  # bitsandbytes: entries per scale; smaller
 
 def on_meta(config: TrainConfig, architecture: PretrainedConfig) -> nn.Module:
     """The model without memory: names, shapes and dtypes."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.master_dtype))
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForCausalLM.from_config(
+            architecture, dtype=getattr(torch, config.master_dtype), attn_implementation=config.attention
+        )
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -128,9 +131,13 @@ def activation_bytes(
     # transformers cannot look into fake tensors, and would build a mask that the run goes without
     AttentionInterface.register("causal", _causal_attention)
     AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)
-    with FakeTensorMode(), unittest.mock.patch("training.losses.token_losses", by_chunks):
-        dtype = getattr(torch, config.master_dtype)
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="causal")
+    with (
+        FakeTensorMode(),
+        unittest.mock.patch("training.losses.token_losses", by_chunks),
+        # experts by the product that knows fake tensors, whatever the dtype; it saves the same
+        unittest.mock.patch("transformers.integrations.moe._can_use_grouped_mm", lambda *args: False),
+    ):
+        model = _without_values(config, architecture)
         weights.update(p.untyped_storage()._cdata for p in model.parameters())
         attach_loss(model, config.loss_chunk)
         if config.gradient_checkpointing:
@@ -146,6 +153,17 @@ def activation_bytes(
             model.train()(**batch).sum()
     mask = rows * length * length if packed and config.attention != "flash_attention_2" else 0  # of bool
     return sum(saved.values()) + max(again) + mask
+
+
+def _without_values(config: TrainConfig, architecture: PretrainedConfig) -> nn.Module:
+    """The model as the run will compute it, in a FakeTensorMode."""
+    dtype = getattr(torch, config.master_dtype)
+    attention = "eager" if config.attention == "eager" else "causal"
+    with no_init_weights():
+        try:
+            return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=attention)
+        except KeyError:  # it has a table of its own of what computes attention (Falcon)
+            return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
 
 
 def _causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -1,12 +1,12 @@
 """What can be refused before anything is loaded."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from common import run_folder
 from common.config import TrainConfig, UserError
 from common.hub import is_local
+from common.launch import check_launch, world_size
 from common.sources import data_files, split_cap
 from training import backend, resume
 
@@ -19,7 +19,7 @@ def check_paths(config: TrainConfig) -> None:
         resume.refuse_changes(config, folder, {"config": asdict(config), **run_folder.environment()})
     datasets = [split_cap(source)[0] for source in config.dataset]
     for source in datasets:
-        data_files(source)
+        data_files(source, config.dataset_split)
     for name, path in [("model", config.model), ("tokenizer", config.tokenizer), *(("dataset", d) for d in datasets)]:
         inside = Path(path).expanduser().resolve().is_relative_to(folder.resolve())
         if config.overwrite and path and inside:
@@ -29,7 +29,9 @@ def check_paths(config: TrainConfig) -> None:
         if path and is_local(path) and not Path(path).is_dir():
             raise UserError(f"{name} {path}: no such folder (a Hub model is written owner/name)")
     backend.check_supported(config)
-    check_batches(config, None, int(os.environ.get("WORLD_SIZE", "1")))
+    if not config.dry_run:  # a plan is made for as many processes as WORLD_SIZE says
+        check_launch()
+    check_batches(config, None, world_size())
 
 
 def check_batches(config: TrainConfig, num_examples: int | None, processes: int) -> None:
