@@ -333,7 +333,13 @@ class Masker:
 
     @torch.no_grad()
     def mask_gradients(
-        self, step: int, *, stats: bool = False, jaccard: bool = False, check_finite: bool = True
+        self,
+        step: int,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        stats: bool = False,
+        jaccard: bool = False,
+        check_finite: bool = True,
     ) -> dict[str, Any] | None:
         """Zero the gradient entries that the rule does not keep. Parameters without a gradient are skipped.
 
@@ -342,6 +348,7 @@ class Masker:
 
         Args:
             step: the optimizer step, from 0: the random rules draw anew at each.
+            optimizer: torch's Adam or AdamW, before its step, where the score is `moment`; unused elsewhere.
             stats: return the statistics below; costs two reads of the gradients and one wait for the device.
             jaccard: with stats, compare the masks with those of the last such call; keeps a bit per entry.
             check_finite: raise on a non-finite gradient, at the price of one read and one wait for the device. A loop
@@ -353,11 +360,11 @@ class Masker:
             tensors: {parameter name: its COUNTS}, from which the same can be had for any group of them.
         Raises:
             ValueError: a gradient is not finite (the parameter is named), sparse, or laid out in another way;
-                grad_square has no masks yet; or the rule needs the optimizer, see step().
+                grad_square has no masks yet; or masked_weights is not `momentum`, see step().
         """
         if self.masked_weights != "momentum":
             raise ValueError(f"masked_weights {self.masked_weights} owns the optimizer's step: call step() instead")
-        return self._mask(step, None, stats, jaccard, check_finite)[0]
+        return self._mask(step, optimizer, stats, jaccard, check_finite)[0]
 
     @torch.no_grad()
     def step(
@@ -380,7 +387,7 @@ class Masker:
         Quantised (uint8) moments share block scales and are not taken back: of 8-bit optimizers only the weights are.
 
         Args, Returns and Raises: as mask_gradients; the optimizer may be any torch one whose state is tensors of the
-        weight's shape, and has to be torch's Adam or AdamW for score `moment`. Parameters that are not eligible are
+        weight's shape. Parameters that are not eligible are
         updated as always. after_masking is called between the two, to clip what is left of the gradient, say; under
         `update` p.grad is not masked.
         """
@@ -755,7 +762,7 @@ def _first_moments(
 
     def moment(name: str, start: int, grad: Tensor) -> Tensor:
         if optimizer is None:
-            raise ValueError("score moment needs the optimizer: call step() instead of mask_gradients()")
+            raise ValueError("score moment needs the optimizer: mask_gradients(step, optimizer=optimizer)")
         p = parameters[name]
         state = optimizer.state.get(p, {})
         if beta1.get(id(p)) is None or (state and "exp_avg" not in state):
