@@ -17,9 +17,13 @@ T is found exactly, by counting instead of sorting: with the sign bit cleared, t
 is the order of magnitudes, so a histogram of the bits finds T in one pass for 16-bit floats, two for fp32, four for
 fp64, in chunks, so that temporary memory does not grow with the matrix.
 
-To add a rule: write a function from `Entries` to scores (the k entries of a matrix with the largest |score| are kept)
-and enter it in SCORES. RMT (random masks) is written that way; HFT (Half Fine-Tuning) freezes whole matrices before
-the optimizer is built, see `freeze_half`.
+GMT is one of a family of rules, which differ in what is large (the score), in when masks are chosen (refresh_every) and
+in what happens where M = 0 (masked_weights): see RULES. To add a rule, write a function from `Entries` to scores (the k
+entries of a matrix with the largest |score| are kept) and enter it in SCORES; its word is then a rule. HFT (Half
+Fine-Tuning) freezes whole matrices before the optimizer is built, see `freeze_half`.
+
+The file, from top to bottom: the rules, the mask of one tensor (`topk_mask`), the masks of a model (`Masker`), then the
+machinery below them, and HFT.
 """
 
 import fnmatch
@@ -56,21 +60,50 @@ _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # entries per chunk: the CPU's cache
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Rule(NamedTuple):
+    """One method on its three axes."""
+
+    score: str  # what is large, a word of scores(); "": no entries are masked
+    refresh_every: int  # masks are chosen anew every N steps and kept in between; 0: once, at the first step
+    masked_weights: str  # what happens where M = 0, a word of MASKED_WEIGHTS
+    source: str
+
+
+RULES = {
+    "none": Rule("", 1, "momentum", "plain supervised fine-tuning"),
+    "hft": Rule("", 1, "momentum", "HFT, arXiv 2404.18466: half of the matrices are frozen, see freeze_half"),
+    "gmt": Rule("gradient", 1, "momentum", "GMT, arXiv 2406.15330"),
+    "rmt": Rule("random", 1, "momentum", "the random masks that GMT is compared with"),
+    "sift": Rule("gradient", 0, "momentum", "SIFT, ICML 2024: the largest gradients of the first step"),
+    "gasdu": Rule("gradient", 50, "momentum", "GASDU: the largest gradients of every 50th step"),
+    "shira": Rule("random", 0, "momentum", "SHiRA: a fixed random mask"),
+    "super_tuning": Rule("weight", 0, "momentum", "Super-Tuning, arXiv 2607.09287: the largest weights"),
+    "mofo": Rule("moment", 1, "update", "MoFO, TMLR 2025, arXiv 2407.20999: the largest first moments of Adam"),
+    "lift": Rule("low_rank", 200, "frozen", "LIFT, ICML 2025: the largest entries of the rank-r part of W"),
+    "grad_square": Rule("squared_gradients", 0, "momentum", "FISH, arXiv 2111.09839, by gradients of batches"),
+}
+# momentum: the optimizer sees M * G, so that the moments of a masked entry decay, and still move its weight;
+# frozen: weight and moments stay as they are; update: the moments see all of G, the weight stays as it is.
+# Where the weight stays, it does not decay either.
+MASKED_WEIGHTS = ("momentum", "frozen", "update")
+
+
 class Entries(NamedTuple):
-    """A flat run of a matrix's entries: what a rule sees. A large matrix is shown chunk by chunk."""
+    """A flat run of a matrix's entries: what a score sees. A large matrix is shown chunk by chunk."""
 
     grad: Tensor  # (m,) the accumulated gradient, in its own dtype
     weight: Tensor  # (m,) the weights
     offset: int  # place of the first entry in the whole tensor, row-major
     seed: int  # a hash of (seed, step, parameter name): the same on every rank
+    moment: Callable[[], Tensor] | None = None  # gives (m,) Adam's first moment after this step
 
 
-def score_gmt(e: Entries) -> Tensor:
-    """|G|: the paper's rule. The magnitude is taken by the selection."""
+def score_gradient(e: Entries) -> Tensor:
+    """|G|: the paper's score. The magnitude is taken by the selection."""
     return e.grad
 
 
-def score_rmt(e: Entries) -> Tensor:
+def score_random(e: Entries) -> Tensor:
     """Uniform random integers, no two the same within 2**31 entries, so that exactly k are kept.
 
     A counter-based hash of (seed, step, name, offset): no generator state to save, and an entry's number depends
@@ -86,17 +119,75 @@ def score_rmt(e: Entries) -> Tensor:
     return x
 
 
-SCORES: dict[str, Callable[[Entries], Tensor]] = {"gmt": score_gmt, "rmt": score_rmt}
+def score_weight(e: Entries) -> Tensor:
+    """|w|."""
+    return e.weight
+
+
+def score_weight_gradient(e: Entries) -> Tensor:
+    """|w * G|: what setting the weight to 0 would change of the loss, to first order."""
+    return e.weight * e.grad
+
+
+def score_moment(e: Entries) -> Tensor:
+    """|m|, m = beta1 * m + (1 - beta1) * G: Adam's first moment after this step."""
+    return e.moment()
+
+
+SCORES: dict[str, Callable[[Entries], Tensor]] = {
+    "gradient": score_gradient,
+    "random": score_random,
+    "weight": score_weight,
+    "weight_gradient": score_weight_gradient,
+    "moment": score_moment,
+    "squared_gradients": score_gradient,  # of the sums of G**2 that Masker.calibrate makes
+}
+
+
+def scores() -> tuple[str, ...]:
+    """The words for a score: SCORES, and `low_rank`, for which whole matrices are needed: see low_rank_part."""
+    return *SCORES, "low_rank"
 
 
 def rules() -> tuple[str, ...]:
-    """The words for a rule: `none` (plain SFT), `hft`, `grad_square` (masks fixed by a calibration), and SCORES."""
-    return "none", "hft", "grad_square", *SCORES
+    """The words for a rule: RULES, and the scores that none of them uses, chosen at each step."""
+    used = {rule.score for rule in RULES.values()}
+    return *RULES, *(score for score in SCORES if score not in used)
+
+
+def rule_of(
+    word: str, score: str | None = None, refresh_every: int | None = None, masked_weights: str | None = None
+) -> Rule:
+    """The axes of a rule, each overridden by an argument that is not None.
+
+    Raises:
+        ValueError: a word is unknown, or the axes do not go together.
+    """
+    if word not in rules():
+        raise ValueError(f"rule must be one of {', '.join(rules())}; got {word!r}")
+    rule = RULES.get(word) or Rule(word, 1, "momentum", "")
+    axes = {"score": score, "refresh_every": refresh_every, "masked_weights": masked_weights}
+    given = {axis: value for axis, value in axes.items() if value is not None}
+    if given and not rule.score:
+        raise ValueError(f"{next(iter(given))} has no meaning for rule {word}, which masks no entries")
+    rule = rule._replace(**given)
+    if rule.score and rule.score not in scores():
+        raise ValueError(f"score must be one of {', '.join(scores())}; got {rule.score!r}")
+    if rule.masked_weights not in MASKED_WEIGHTS:
+        raise ValueError(f"masked_weights must be one of {', '.join(MASKED_WEIGHTS)}; got {rule.masked_weights!r}")
+    if rule.refresh_every < 0:
+        raise ValueError(f"refresh_every must be at least 0, got {rule.refresh_every}")
+    if rule.score == "squared_gradients" and rule.refresh_every:
+        raise ValueError(
+            f"score squared_gradients is chosen once, after the calibration: refresh_every must be 0, "
+            f"got {rule.refresh_every}"
+        )
+    return rule
 
 
 def masks_entries(rule: str) -> bool:
     """Whether a rule masks single entries, so that keep_ratio and its companions have a meaning for it."""
-    return rule == "grad_square" or rule in SCORES
+    return bool(rule_of(rule).score)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,6 +239,36 @@ def magnitude_keys(scores: Tensor) -> Tensor:
     return bits & torch.iinfo(bits.dtype).max
 
 
+def low_rank_part(matrix: Tensor, rank: int, seed: int = 0) -> Tensor:
+    """The part of a matrix that its `rank` largest singular values make: what LIFT takes for important is large in it.
+
+    Exact for small matrices. For larger ones the randomised SVD of Halko, Martinsson and Tropp (SIAM Review 2011) with
+    two power iterations: six products with a matrix of rank + 10 columns instead of a full decomposition.
+
+    Args:
+        matrix: (m, n) floating point.
+        rank: at least 1.
+        seed: of the random test matrix, which depends on nothing else.
+    Returns:
+        (m, n) fp32, or fp64 for an fp64 matrix.
+    """
+    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+    columns = rank + 10
+    if min(wide.shape) <= rank:
+        return wide
+    if min(wide.shape) <= 4 * columns:
+        basis, small = None, wide
+    else:
+        numbers = score_random(Entries(wide.new_empty(wide.shape[1] * columns), wide, 0, seed))
+        basis = torch.linalg.qr(wide @ (numbers.to(wide.dtype) / 2**30 - 1).view(-1, columns)).Q
+        for _ in range(2):
+            basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis).Q).Q
+        small = basis.T @ wide
+    u, values, v = torch.linalg.svd(small, full_matrices=False)
+    left = u[:, :rank] * values[:rank]
+    return (left if basis is None else basis @ left) @ v[:rank]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The masks of a model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,17 +283,16 @@ class Masker:
         rule: a word of rules(). `none` masks nothing, and neither does `hft`, which works by `freeze_half`.
             `grad_square` needs calibrate() and fix_masks() before its first step.
         keep_ratio: fraction of entries kept, in (0, 1]; the paper's mask ratio is 1 - keep_ratio.
+        score, refresh_every, masked_weights: override the rule's own axes, see RULES.
         scope: `tensor`, one threshold per matrix (the paper's), or `model`, one over all masked entries.
         exclude: fnmatch patterns of parameter names that are not masked, e.g. `*embed_tokens*`.
         mask_vectors: mask tensors of fewer than two dimensions (norms, biases) too.
+        lift_rank: rank of the part of W that score `low_rank` looks at.
         seed: seeds the random rules.
     Raises:
         ValueError: an argument has no meaning, or a pattern of `exclude` matches no parameter.
 
-    What "masked" means under AdamW is a choice. `mask_gradients` is `masked_weights: momentum`: the optimizer sees
-    M * G, so the moments of a masked entry decay, and still move its weight. `step` is `masked_weights: frozen`: where
-    M = 0 nothing changes at this step.
-
+    Between refreshes masks are kept, as a bit per entry; they belong into a checkpoint, see state_dict.
     A Masker hooks into nothing: between the calls it does nothing, so that saving and loading go on undisturbed.
     """
 
@@ -182,30 +302,44 @@ class Masker:
         rule: str = "gmt",
         keep_ratio: float | None = None,
         *,
+        score: str | None = None,
+        refresh_every: int | None = None,
+        masked_weights: str | None = None,
         scope: str = "tensor",
         exclude: Iterable[str] = (),
         mask_vectors: bool = False,
+        lift_rank: int = 64,
         seed: int = 0,
     ):
-        if rule not in rules():
-            raise ValueError(f"rule must be one of {', '.join(rules())}; got {rule!r}")
-        if masks_entries(rule) and not (keep_ratio is not None and 0 < keep_ratio <= 1):
+        self.score, self.refresh_every, self.masked_weights, _ = rule_of(rule, score, refresh_every, masked_weights)
+        if self.score and not (keep_ratio is not None and 0 < keep_ratio <= 1):
             raise ValueError(f"rule {rule} needs a keep_ratio in (0, 1]; got {keep_ratio}")
-        if not masks_entries(rule) and keep_ratio is not None:
+        if not self.score and keep_ratio is not None:
             raise ValueError(f"keep_ratio has no meaning for rule {rule}; got {keep_ratio}")
         if scope not in ("tensor", "model"):
             raise ValueError(f"scope must be tensor or model; got {scope!r}")
-        self.rule, self.keep_ratio, self.scope, self.seed = rule, keep_ratio, scope, seed
+        if self.score == "low_rank" and scope == "model":
+            raise ValueError("score low_rank looks at one matrix at a time: scope must be tensor")
+        if lift_rank < 1:
+            raise ValueError(f"lift_rank must be at least 1, got {lift_rank}")
+        self.rule, self.keep_ratio, self.scope, self.lift_rank, self.seed = rule, keep_ratio, scope, lift_rank, seed
         parameters = _without_wrappers(dict(named_parameters))
         self.eligible = _eligible(parameters, exclude, mask_vectors)
         self.total_entries = sum(p.numel() for p in parameters.values())
-        self._squares: dict[str, Tensor] = {}  # grad_square, while it is calibrated: sums of squared gradients
-        self._fixed: dict[str, Tensor] = {}  # grad_square, from then on: its masks as bits, of this process's part
+        self._squares: dict[str, Tensor] = {}  # while it is calibrated: sums of squared gradients
+        self._held: dict[str, Tensor] = {}  # masks that serve for more than a step: bits of this process's part
+        self._chosen_at = 0  # the step at which they were chosen
         self._last: dict[str, Tensor] = {}  # the masks, as bits, of the last call with jaccard=True
 
     @torch.no_grad()
     def mask_gradients(
-        self, step: int, *, stats: bool = False, jaccard: bool = False, check_finite: bool = True
+        self,
+        step: int,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        stats: bool = False,
+        jaccard: bool = False,
+        check_finite: bool = True,
     ) -> dict[str, Any] | None:
         """Zero the gradient entries that the rule does not keep. Parameters without a gradient are skipped.
 
@@ -214,6 +348,7 @@ class Masker:
 
         Args:
             step: the optimizer step, from 0: the random rules draw anew at each.
+            optimizer: torch's Adam or AdamW, before its step, where the score is `moment`; unused elsewhere.
             stats: return the statistics below; costs two reads of the gradients and one wait for the device.
             jaccard: with stats, compare the masks with those of the last such call; keeps a bit per entry.
             check_finite: raise on a non-finite gradient, at the price of one read and one wait for the device. A loop
@@ -224,32 +359,49 @@ class Masker:
             weights are not known), mask_jaccard (intersection over union; None at first, absent without jaccard), and
             tensors: {parameter name: its COUNTS}, from which the same can be had for any group of them.
         Raises:
-            ValueError: a gradient is not finite (the parameter is named), sparse, or laid out in another way; or
-                grad_square has no masks yet.
+            ValueError: a gradient is not finite (the parameter is named), sparse, or laid out in another way;
+                grad_square has no masks yet; or masked_weights is not `momentum`, see step().
         """
-        return self._mask(step, stats, jaccard, check_finite)[0]
+        if self.masked_weights != "momentum":
+            raise ValueError(f"masked_weights {self.masked_weights} owns the optimizer's step: call step() instead")
+        return self._mask(step, optimizer, stats, jaccard, check_finite)[0]
 
     @torch.no_grad()
     def step(
-        self, optimizer: torch.optim.Optimizer, step: int, *, stats=False, jaccard=False, check_finite=True
+        self,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        *,
+        stats: bool = False,
+        jaccard: bool = False,
+        check_finite: bool = True,
+        after_masking: Callable[[], object] | None = None,
     ) -> dict[str, Any] | None:
-        """`masked_weights: frozen`: mask, and update so that where M = 0 weight, moments and decay stay as they are.
+        """Mask and take the optimizer's step, for any `masked_weights`: instead of mask_gradients and optimizer.step().
 
-        Call it instead of mask_gradients and optimizer.step(). The optimizer steps one parameter at a time; what it did
-        to masked entries is taken back, at the price of a copy of that parameter's weight and moments, and of a bit per
-        entry. Selected entries get exactly the optimizer's update. Adam counts steps per tensor: its bias correction
-        for an entry that is first selected at a late step is that of the late step, so that such an entry moves by up
-        to (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate. Quantised (uint8) moments share block scales
-        and are not taken back: of 8-bit optimizers only the weights are frozen.
+        `momentum` is those two calls. For `frozen` and `update` the optimizer steps one parameter at a time; what it
+        did where M = 0 is taken back, at the price of a bit per entry and a copy of that parameter's weight, for
+        `frozen` of its moments too. Entries with M = 1 get exactly the optimizer's update. Adam counts steps per
+        tensor: under `frozen` its bias correction for an entry that is first selected at a late step is that of the
+        late step, so that such an entry moves by up to (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate.
+        Quantised (uint8) moments share block scales and are not taken back: of 8-bit optimizers only the weights are.
 
         Args, Returns and Raises: as mask_gradients; the optimizer may be any torch one whose state is tensors of the
-        weight's shape. Parameters that are not eligible are updated as always.
+        weight's shape. Parameters that are not eligible are
+        updated as always. after_masking is called between the two, to clip what is left of the gradient, say; under
+        `update` p.grad is not masked.
         """
-        statistics, masks = self._mask(step, stats, jaccard, check_finite, keep_bits=True)
+        takes_back = self.masked_weights != "momentum"
+        statistics, masks = self._mask(step, optimizer, stats, jaccard, check_finite, keep_bits=takes_back)
+        if after_masking:
+            after_masking()
+        if not takes_back:
+            optimizer.step()
+            return statistics
         mask_of = {id(self.eligible[name]): bits for name, bits in masks.items()}
         for p in _one_by_one(optimizer):
             if id(p) in mask_of:
-                _step_where(optimizer, p, mask_of[id(p)])
+                _step_where(optimizer, p, mask_of[id(p)], self.masked_weights == "frozen")
             elif p.grad is not None:
                 optimizer.step()
         return statistics
@@ -257,14 +409,14 @@ class Masker:
     @property
     def needs_calibration(self) -> bool:
         """Whether calibrate() and fix_masks() have to come before the first step."""
-        return self.rule == "grad_square" and not self._fixed
+        return self.score == "squared_gradients" and not self._held
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """grad_square: add the squares of the gradients that are there now to their sums. Take no optimizer step.
+        """Score squared_gradients: add the squares of the gradients that are there now to their sums.
 
-        The selection of FISH masks (arXiv 2111.09839), but with the squared gradients of whole batches, where Fisher
-        information has those of single examples.
+        Take no optimizer step. The selection of FISH masks (arXiv 2111.09839), but with the squared gradients of whole
+        batches, where Fisher information has those of single examples.
         """
         for name, p in self.eligible.items():
             if p.grad is not None:
@@ -273,41 +425,44 @@ class Masker:
 
     @torch.no_grad()
     def fix_masks(self) -> None:
-        """grad_square: choose the masks of all steps by the sums, and forget the sums.
+        """Score squared_gradients: choose the masks of all steps by the sums, and forget the sums.
 
         Raises:
             ValueError: nothing was calibrated, or a sum is not finite.
         """
         if not self._squares:
-            raise ValueError("grad_square: there is nothing to choose by; call calibrate() after backward() first")
+            raise ValueError(
+                "squared_gradients: there is nothing to choose by; call calibrate() after backward() first"
+            )
         matrices, all_reduce = _matrices(self._squares, self.eligible)
         _raise_if_not_finite(matrices, all_reduce)
-        parts = {name: [torch.zeros(0, dtype=torch.bool, device=_here(x).device)] for name, x in self._squares.items()}
-        for m, _, mask in _select(matrices, all_reduce, score_gmt, self.keep_ratio, self.scope, self.seed):
-            parts[m.name].append(mask.flatten())
-        self._fixed = {name: _pack(torch.cat(masks)) for name, masks in parts.items()}
+        self._held = _bits(matrices, self._select(matrices, all_reduce, 0, None))
         self._squares = {}
 
     @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: grad_square's masks, per parameter, as bits (uint8, on the CPU); else nothing.
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: {"chosen_at": step, "masks": {parameter name: bits (uint8, on the CPU)}}.
 
-        The masks are those of whole tensors, also under sharding, where every process has to make the call.
+        Masks that serve for one step alone are not in it. The others are those of whole tensors, also under sharding,
+        where every process has to make the call.
         """
-        return {name: _gathered_bits(bits, self.eligible[name].detach()) for name, bits in self._fixed.items()}
+        masks = {name: _gathered_bits(bits, self.eligible[name].detach()) for name, bits in self._held.items()}
+        return {"chosen_at": self._chosen_at, "masks": masks}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over masks of state_dict(), whatever number of processes it was made on.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the masks of state_dict(), whatever number of processes it was made on.
 
         Raises:
             ValueError: they are those of other parameters.
         """
-        for name, bits in state.items():
+        held = {}
+        for name, bits in state["masks"].items():
             p = self.eligible.get(name)
             if p is None or bits.numel() != -(-p.numel() // 8):
                 raise ValueError(f"the masks in the checkpoint do not fit the parameter {name}")
-            self._fixed[name] = _bits_of_this_process(bits, p.detach())
+            held[name] = _bits_of_this_process(bits, p.detach())
+        self._held, self._chosen_at = held, state["chosen_at"]
 
     def summary(self) -> str:
         """What is masked, for people: eligible tensors grouped by shape, and their share of all parameters."""
@@ -315,7 +470,11 @@ class Masker:
         for name, p in self.eligible.items():
             by_shape[tuple(p.shape)].append(name)
         share = sum(p.numel() for p in self.eligible.values()) / max(self.total_entries, 1)
-        kept = f", keep_ratio {self.keep_ratio}, scope {self.scope}" if masks_entries(self.rule) else ""
+        kept = ""
+        if self.score:
+            when = {0: "once", 1: "at each step"}.get(self.refresh_every, f"every {self.refresh_every} steps")
+            kept = f" (score {self.score}, chosen {when}, masked_weights {self.masked_weights})"
+            kept += f", keep_ratio {self.keep_ratio}, scope {self.scope}"
         lines = [f"rule {self.rule}{kept}: {len(self.eligible)} tensors, {share:.1%} of all parameters, are maskable"]
         for shape, names in by_shape.items():
             frozen = sum(not self.eligible[n].requires_grad for n in names)
@@ -327,23 +486,31 @@ class Masker:
         return "\n".join(lines)
 
     def _mask(
-        self, step: int, stats: bool, jaccard: bool, check_finite: bool, keep_bits: bool = False
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer | None,
+        stats: bool,
+        jaccard: bool,
+        check_finite: bool,
+        keep_bits: bool = False,
     ) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """(mask_gradients' statistics, the masks as bits where keep_bits or jaccard asks for them)."""
-        if not (masks_entries(self.rule) or stats or jaccard or check_finite):
+        if not (self.score or stats or jaccard or check_finite):
             return None, {}
         grads = {name: p.grad for name, p in self.eligible.items() if p.grad is not None}
         matrices, all_reduce = _matrices(grads, self.eligible)
         if check_finite and matrices:
             _raise_if_not_finite(matrices, all_reduce)
         counts, bits = {}, {}
-        for name, chunks in itertools.groupby(self._masks(matrices, all_reduce, step), key=lambda c: c[0].name):
+        masks = self._masks(matrices, all_reduce, step, optimizer)
+        for name, chunks in itertools.groupby(masks, key=lambda chunk: chunk[0].name):
             flat = []
             for _, g, mask in chunks:
                 before = _nonzero_and_energy(g) if stats else None
-                g.mul_(mask)
+                if self.masked_weights != "update":  # there the moments see the whole gradient
+                    g.mul_(mask)
                 if stats:
-                    now = torch.stack([mask.sum().double(), *before, *_nonzero_and_energy(g)])
+                    now = torch.stack([mask.sum().double(), *before, *_nonzero_and_energy(g * mask)])
                     counts[name] = counts.get(name, 0) + now
                 if keep_bits or jaccard:
                     flat.append(mask.flatten())
@@ -354,13 +521,59 @@ class Masker:
             overlap, self._last = _overlap(bits, self._last), bits
         return _statistics(self.eligible, counts, overlap, jaccard, all_reduce) if stats else None, bits
 
-    def _masks(self, matrices: list["_Matrix"], all_reduce: "_AllReduce", step: int) -> Iterator["_MaskedChunk"]:
-        """The masks of this step."""
-        if self.rule in SCORES:
-            return _select(matrices, all_reduce, SCORES[self.rule], self.keep_ratio, self.scope, self.seed, step)
+    def _masks(
+        self,
+        matrices: list["_Matrix"],
+        all_reduce: "_AllReduce",
+        step: int,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> Iterator["_MaskedChunk"]:
+        """The masks of this step: chosen now, or held since an earlier step."""
+        if not self.score:
+            return _masks_from_bits(matrices, None)
         if self.needs_calibration:
-            raise ValueError("grad_square has no masks yet: calibrate() and fix_masks() come before the first step")
-        return _masks_from_bits(matrices, self._fixed if self.rule == "grad_square" else None)
+            raise ValueError(
+                f"rule {self.rule} has no masks yet: calibrate() and fix_masks() come before the first step"
+            )
+        if self.refresh_every == 1 and self.score != "low_rank":
+            return self._select(matrices, all_reduce, step, optimizer)
+        if self.score != "squared_gradients":
+            if 0 < self.refresh_every <= step - self._chosen_at:
+                self._held = {}
+            if not self._held:
+                self._chosen_at = step
+            # all of them; afterwards, those that have a gradient for the first time
+            self._held |= self._choose([m for m in matrices if m.name not in self._held], all_reduce, step, optimizer)
+        return _masks_from_bits(matrices, self._held)
+
+    def _choose(
+        self,
+        matrices: list["_Matrix"],
+        all_reduce: "_AllReduce",
+        step: int,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> dict[str, Tensor]:
+        """Masks, as bits, that serve for more than a step."""
+        if self.score != "low_rank":
+            return _bits(matrices, self._select(matrices, all_reduce, step, optimizer))
+        names = dict.fromkeys(m.name for m in matrices)
+        return {
+            name: _low_rank_bits(name, self.eligible[name], self.lift_rank, self.keep_ratio, self.seed)
+            for name in names
+        }
+
+    def _select(
+        self,
+        matrices: list["_Matrix"],
+        all_reduce: "_AllReduce",
+        step: int,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> Iterator["_MaskedChunk"]:
+        """Masks chosen by the score, now."""
+        seeds = {name: _parameter_seed(self.seed, step, name) for name in self.eligible}
+        moment_of = _first_moments(optimizer, self.eligible)
+        scored = functools.partial(_scored, score=SCORES[self.score], seeds=seeds, moment_of=moment_of)
+        return _select(matrices, all_reduce, scored, self.keep_ratio, self.scope)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,9 +700,9 @@ def _unstack(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(offset of the first entry, some whole rows): views, whatever the strides."""
+    """(offset of the first entry, some whole rows): views, whatever the strides; one empty chunk of no rows."""
     rows = max(1, _CHUNK.get(matrix.device.type, 1 << 18) // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], rows):
+    for start in range(0, max(1, matrix.shape[0]), rows):
         yield start * matrix.shape[1], matrix[start : start + rows]
 
 
@@ -504,16 +717,11 @@ def _is_kept(scores: Tensor, threshold: Tensor) -> Tensor:
 
 
 _MaskedChunk = tuple[_Matrix, Tensor, Tensor]  # (matrix, a chunk of its gradient as a view, that chunk's mask)
+_Scored = Callable[[_Matrix], Iterator[tuple[Tensor, Tensor]]]  # gives (a chunk of the gradient, its scores, flat)
 
 
 def _select(
-    matrices: list[_Matrix],
-    all_reduce: _AllReduce,
-    score: Callable[[Entries], Tensor],
-    keep_ratio: float,
-    scope: str,
-    seed: int,
-    step: int = 0,
+    matrices: list[_Matrix], all_reduce: _AllReduce, scored: _Scored, keep_ratio: float, scope: str
 ) -> Iterator[_MaskedChunk]:
     """Choose the entries with the largest scores; yields in the order of `matrices`."""
     if not matrices:
@@ -522,26 +730,51 @@ def _select(
     if (scope == "model" or all_reduce) and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
         raise ValueError(f"with scope model or shards all gradients must have one dtype, got {dtypes}")
     units = [matrices] if scope == "model" else [[m] for m in matrices]  # each has one threshold
-    scored = functools.partial(_scored, score=score, seed=seed, step=step)
-    for unit, threshold in _thresholds(units, all_reduce, score, scored, keep_ratio):
+    for unit, threshold in _thresholds(units, all_reduce, scored, keep_ratio):
         for m in unit:
             for g, scores in scored(m):
                 yield m, g, _is_kept(scores, threshold).view_as(g)
 
 
-def _scored(m: _Matrix, score: Callable[[Entries], Tensor], seed: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(a chunk of the gradient, a view; its scores, flat)."""
-    seed = _mix64(_mix64(_mix64(seed) ^ step) ^ zlib.crc32(m.name.encode()))
+def _scored(
+    m: _Matrix,
+    score: Callable[[Entries], Tensor],
+    seeds: dict[str, int],
+    moment_of: Callable[[str, int, Tensor], Tensor],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(a chunk of the gradient, a view; its scores, flat); at least one chunk, maybe empty."""
     for (offset, g), (_, w) in zip(_row_chunks(m.grad), _row_chunks(m.weight), strict=True):
-        yield g, score(Entries(g.reshape(-1), w.reshape(-1), m.offset + offset, seed))
+        grad = g.reshape(-1)
+        moment = functools.partial(moment_of, m.name, m.start + offset, grad)
+        yield g, score(Entries(grad, w.reshape(-1), m.offset + offset, seeds[m.name], moment))
+
+
+def _first_moments(
+    optimizer: torch.optim.Optimizer | None, parameters: dict[str, nn.Parameter]
+) -> Callable[[str, int, Tensor], Tensor]:
+    """A function (name, place of the first entry in this process's part, gradient) -> Adam's first moment after this
+    step, computed as torch's AdamW does."""
+    beta1 = {
+        id(p): group.get("betas", (None,))[0]
+        for group in (optimizer.param_groups if optimizer else ())
+        for p in group["params"]
+    }
+
+    def moment(name: str, start: int, grad: Tensor) -> Tensor:
+        if optimizer is None:
+            raise ValueError("score moment needs the optimizer: mask_gradients(step, optimizer=optimizer)")
+        p = parameters[name]
+        state = optimizer.state.get(p, {})
+        if beta1.get(id(p)) is None or (state and "exp_avg" not in state):
+            raise ValueError(f"score moment needs torch's Adam or AdamW, got {type(optimizer).__name__}")
+        held = _here(state["exp_avg"]).reshape(-1)[start : start + grad.numel()] if state else torch.zeros_like(grad)
+        return torch.lerp(held, grad, 1 - beta1[id(p)])
+
+    return moment
 
 
 def _thresholds(
-    units: list[list[_Matrix]],
-    all_reduce: _AllReduce,
-    score: Callable[[Entries], Tensor],
-    scored: Callable[[_Matrix], Iterator[tuple[Tensor, Tensor]]],
-    keep_ratio: float,
+    units: list[list[_Matrix]], all_reduce: _AllReduce, scored: _Scored, keep_ratio: float
 ) -> Iterator[tuple[list[_Matrix], Tensor]]:
     """(the matrices that share a threshold, the threshold as a key)."""
 
@@ -556,12 +789,26 @@ def _thresholds(
         ks = [keep_count(n, keep_ratio) for n in numbers]
         sources = [functools.partial(keys, unit) for unit in bucket]
         head = bucket[0][0]
-        dtype = magnitude_keys(score(Entries(head.grad[:0].reshape(-1), head.weight[:0].reshape(-1), 0, 0))).dtype
+        _, few = next(scored(head._replace(grad=head.grad[:1], weight=head.weight[:1])))
+        dtype = magnitude_keys(few).dtype
         if all_reduce is None:
             found = [_kth_largest_key(sources[0], numbers[0], ks[0], dtype, head.grad.device)]
         else:
             found = kth_largest_keys(sources, ks, dtype, head.grad.device, all_reduce)
         yield from zip(bucket, found, strict=True)
+
+
+def _low_rank_bits(name: str, p: nn.Parameter, rank: int, keep_ratio: float, seed: int) -> Tensor:
+    """The mask of the largest entries of the rank-r part of W, as bits of this process's part.
+
+    Every process gathers the whole tensor and comes to the same mask.
+    """
+    whole = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+    masks = []
+    for m in _split(name, whole, whole, whole.shape, 0):
+        part = low_rank_part(m.weight, rank, _parameter_seed(seed, m.offset, name))
+        masks.append(topk_mask(part, keep_count(m.numel, keep_ratio)).flatten())
+    return _bits_of_this_process(_pack(torch.cat(masks)), p.detach())
 
 
 def _histogram(keys: Tensor, shift: int, prefix: Tensor | None) -> Tensor:
@@ -642,21 +889,26 @@ def _one_by_one(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
             group["params"] = parameters
 
 
-def _step_where(optimizer: torch.optim.Optimizer, p: nn.Parameter, mask: Tensor) -> None:
-    """Step an optimizer that holds one parameter; undo it where the mask, as bits, is False."""
-    moments = lambda: {  # noqa: E731
-        name: _here(t)
-        for name, t in optimizer.state[p].items()
-        if isinstance(t, Tensor) and t.shape == p.shape and t.is_floating_point()
-    }
-    weight = _here(p.data)
-    before = {name: t.clone() for name, t in moments().items()}
-    weight_before = weight.clone()
+def _step_where(optimizer: torch.optim.Optimizer, p: nn.Parameter, mask: Tensor, moments_too: bool) -> None:
+    """Step an optimizer that holds one parameter; take back its weight, and moments, where the mask, as bits, is 0."""
+
+    def tensors() -> dict[str, Tensor]:
+        state = optimizer.state.get(p, {}) if moments_too else {}
+        moments = {
+            name: _here(t)
+            for name, t in state.items()
+            if isinstance(t, Tensor) and t.shape == p.shape and t.is_floating_point()
+        }
+        return {"": _here(p.data), **moments}
+
+    before = {name: t.clone() for name, t in tensors().items()}
     optimizer.step()
-    keep = _unpack(mask, 0, weight.numel()).view_as(weight)
-    weight.copy_(torch.where(keep, weight, weight_before))
-    for name, t in moments().items():
-        t.copy_(torch.where(keep, t, before.get(name, torch.zeros_like(t))))  # before the first step moments are 0
+    keep = _unpack(mask, 0, before[""].numel()).view_as(before[""])
+    for name, t in tensors().items():
+        if name in before:
+            torch.where(keep, t, before[name], out=t)
+        else:  # before the first step moments are 0
+            t.mul_(keep)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,6 +927,14 @@ def _unpack(bits: Tensor, start: int, stop: int) -> Tensor:
     some = bits[start // 8 : -(-stop // 8)].unsqueeze(1)
     flat = (some >> torch.arange(8, dtype=torch.uint8, device=bits.device)).bitwise_and_(1).bool().view(-1)
     return flat[start % 8 : start % 8 + stop - start]
+
+
+def _bits(matrices: list[_Matrix], masks: Iterator[_MaskedChunk]) -> dict[str, Tensor]:
+    """The masks of this process's parts of the matrices, as bits per parameter."""
+    parts: dict[str, list[Tensor]] = {m.name: [] for m in matrices}
+    for m, _, mask in masks:
+        parts[m.name].append(mask.flatten())
+    return {name: _pack(torch.cat(masks)) for name, masks in parts.items()}
 
 
 def _masks_from_bits(matrices: list[_Matrix], bits: dict[str, Tensor] | None) -> Iterator[_MaskedChunk]:
@@ -769,6 +1029,11 @@ def _raise_if_not_finite(matrices: list[_Matrix], all_reduce: _AllReduce) -> Non
     if is_bad.any():
         bad = [m.name for m, flag in zip(matrices, is_bad.tolist(), strict=True) if flag]
         raise ValueError(f"non-finite gradient in {bad[0]} ({len(bad)} of {len(matrices)} matrices): skip this step")
+
+
+def _parameter_seed(seed: int, step: int, name: str) -> int:
+    """A hash of the three: the same on every process."""
+    return _mix64(_mix64(_mix64(seed) ^ step) ^ zlib.crc32(name.encode()))
 
 
 def _mix64(x: int) -> int:

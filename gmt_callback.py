@@ -13,22 +13,31 @@ import gmt
 class GMTCallback(TrainerCallback):
     """Masks the gradients where Trainer calls on_pre_optimizer_step: accumulated, reduced, unscaled and clipped.
 
+    Non-finite gradients are left to Trainer: under fp16 its scaler skips the step.
+
     Args:
-        rule, keep_ratio, options: as those of gmt.Masker; the rules are those that mask gradients step by step.
-        masked_weights: `momentum`. `frozen` has to own the optimizer's step, which Trainer does not hand out.
+        rule, keep_ratio, options: as those of gmt.Masker.
     Raises:
-        ValueError: what gmt.Masker refuses; `frozen`; rule hft (call gmt.freeze_half(model, seed) before the Trainer
-            is made) and grad_square, whose calibration runs without steps.
+        ValueError: what gmt.Masker refuses; a rule with masked_weights other than `momentum`, or score `moment`, which
+            own the optimizer's step, and Trainer does not hand it out; a rule that keeps its masks for more than a
+            step, since a Trainer's checkpoint would lack them; rule hft (call gmt.freeze_half(model, seed) before the
+            Trainer is made).
     """
 
-    def __init__(self, rule: str, keep_ratio: float | None = None, masked_weights: str = "momentum", **options: Any):
-        if masked_weights != "momentum":
+    def __init__(self, rule: str, keep_ratio: float | None = None, **options: Any):
+        masker = gmt.Masker([], rule, keep_ratio, **{k: v for k, v in options.items() if k != "exclude"})
+        instead = "write your own loop with gmt.Masker, or use train.py"
+        if rule == "hft":
+            raise ValueError("hft masks no gradients: call gmt.freeze_half(model, seed) before the Trainer is made")
+        if masker.masked_weights != "momentum":
+            raise ValueError(f"a callback cannot do masked_weights {masker.masked_weights!r}: {instead}")
+        if masker.score == "moment":
+            raise ValueError(f"a callback cannot do score 'moment', which needs the optimizer: {instead}")
+        if masker.refresh_every != 1:
             raise ValueError(
-                f"a callback cannot do masked_weights {masked_weights!r}: use masker.step in your own loop"
+                f"a callback chooses masks at each step, refresh_every {masker.refresh_every} would have to be in the "
+                f"checkpoint: {instead}"
             )
-        if rule not in ("none", *gmt.SCORES):
-            raise ValueError(f"a callback can do the rules none, {', '.join(gmt.SCORES)}; got {rule!r}")
-        gmt.Masker([], rule, keep_ratio, **{k: v for k, v in options.items() if k != "exclude"})  # refuse it now
         self.settings = {"rule": rule, "keep_ratio": keep_ratio, **options}
         self.masker: gmt.Masker | None = None
 
@@ -38,4 +47,4 @@ class GMTCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.masker is None:  # only now is the model surely wrapped: FSDP2 replaces its parameters
             self.masker = gmt.Masker(model.named_parameters(), **self.settings)
-        self.masker.mask_gradients(state.global_step)
+        self.masker.mask_gradients(state.global_step, check_finite=False)

@@ -31,7 +31,7 @@ from training.masking import build_masker, calibrate, freeze
 from training.preflight import check_batches, check_paths
 from training.reference import build_objectives
 from training.schedule import lr_factor
-from training.steps import backward, clip, evaluation_loss, gradient_norm, step_batches, to_float
+from training.steps import Clipping, backward, evaluation_loss, step_batches
 from training.timing import Timer
 
 # The benchmarks of the paper for each of its training sets, for the last line that a run prints.
@@ -80,7 +80,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     # --- the objective, the run folder, and the checkpoint to go on from ---------------------------------------------
     # DPO's reference is the model as it is now, before a checkpoint is loaded
     objectives = build_objectives(config, model, examples, held_out, packed, accelerator)
-    accelerator.register_for_checkpointing(masker)  # the masks of grad_square; nothing for the other rules
+    accelerator.register_for_checkpointing(masker)  # masks that serve for more than a step
     description = resume.describe(config, examples, held_out, accelerator)
     progress = resume.open_folder(config, folder, description, total_steps, optimizer, accelerator)
     if progress is None:  # the run to be resumed is finished
@@ -90,7 +90,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
 
     # --- training ----------------------------------------------------------------------------------------------------
     model.train()
-    objective, parameters = objectives.training, [p for p in model.parameters() if p.requires_grad]
+    objective, clipping = objectives.training, Clipping(config, model)
     batches_of = functools.partial(step_batches, config, examples, packed, accelerator)
     calibrate(config, masker, optimizer, lambda step: backward(model, batches_of(step), objective, accelerator))
     flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
@@ -113,25 +113,29 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         loss, *metrics = (total / objective.count(batches.ids) for total in sums)
         timer.lap("forward_backward")
 
-        # 3. clip by the full norm, so that the mask is the only difference between the rules; then mask
+        # 3. clip, mask
         accelerator.unscale_gradients()
-        grad_norm, clipping = clip(parameters, config.max_grad_norm)
-        finite, kept_norm, stats = math.isfinite(grad_norm), grad_norm, None
-        wanted = {"stats": logged or masks_logged, "jaccard": masks_logged and config.mask_jaccard}
-        if finite and config.masked_weights == "momentum":
-            stats = masker.mask_gradients(step, **wanted, check_finite=False)
+        grad_norm = clipping.before_masking()
+        finite, stats = math.isfinite(grad_norm), None
+        flags = {
+            "stats": logged or masks_logged,
+            "jaccard": masks_logged and config.mask_jaccard,
+            "check_finite": False,
+        }
+        if finite and masker.masked_weights == "momentum":
+            stats = masker.mask_gradients(step, optimizer=optimizer.optimizer, **flags)
+            clipping.after_masking()
         timer.lap("mask")
 
         # 4. the optimizer; a non-finite step is skipped (under fp16 the scaler has to see it, and skips it itself)
         lr = config.learning_rate * lr_factor(config, step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if finite and config.masked_weights == "frozen":  # masks, steps, and undoes the step where M = 0
-            stats = masker.step(optimizer.optimizer, step, **wanted, check_finite=False)
+        if finite and masker.masked_weights != "momentum":  # masks, steps, and takes back the step where M = 0
+            stats = masker.step(optimizer.optimizer, step, after_masking=clipping.after_masking, **flags)
         elif finite or accelerator.scaler is not None:
             optimizer.step()
-        if finite and logged:
-            kept_norm = to_float(gradient_norm(parameters)) / clipping
+        kept_norm = clipping.norm() if finite and logged else grad_norm
         optimizer.zero_grad()
         progress["step"] = step + 1
         progress["skipped_steps"] += not finite

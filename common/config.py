@@ -29,7 +29,10 @@ FREE_TO_CHANGE = {
     "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard", "eval_every",
     "max_skipped_steps", "trackers",
 }  # fmt: skip
-OF_MASKS = ("keep_ratio", "scope", "masked_weights", "exclude", "mask_vectors")  # no meaning for rules without masks
+OF_MASKS = (  # no meaning for rules without masks
+    "keep_ratio", "score", "refresh_every", "masked_weights", "scope", "exclude", "mask_vectors", "clip",
+)  # fmt: skip
+OF_SCORES = {"calibration_steps": "squared_gradients", "lift_rank": "low_rank"}  # keys of one score alone
 
 
 class UserError(Exception):
@@ -106,16 +109,27 @@ class TrainConfig:
 
     # the method
     rule: str = key(
-        "gmt", "which weights are updated: gmt, rmt, grad_square, hft, none (plain SFT), or one added to gmt.py"
+        "gmt",
+        "which weights are updated: gmt, rmt, sift, gasdu, shira, super_tuning, mofo, lift, grad_square, hft, none "
+        "(plain SFT), or one added to gmt.py",
     )
     keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; not for hft and none")
-    scope: Literal["tensor", "model"] = key("tensor", "one threshold per matrix, or one over all of them")
-    masked_weights: Literal["momentum", "frozen"] = key(
-        "momentum", "momentum: a masked weight's gradient is 0, its moments still move it; frozen: nothing changes"
+    score: str = key(
+        "",
+        "what is large in what is kept: gradient, random, weight, weight_gradient (their product), moment (Adam's "
+        "first), squared_gradients (of a calibration), low_rank (the rank-r part of W); empty: the rule's own",
     )
+    refresh_every: int | None = key(None, "masks are chosen every N steps; 0: once; none given: the rule's own")
+    masked_weights: str = key(
+        "",
+        "momentum: a masked weight's gradient is 0, its moments still move it; frozen: nothing changes; update: the "
+        "moments see the whole gradient, the weight stays; empty: the rule's own",
+    )
+    scope: Literal["tensor", "model"] = key("tensor", "one threshold per matrix, or one over all of them")
     exclude: list[str] = key([], "patterns of parameter names that are not masked, e.g. '*embed_tokens*'")
     mask_vectors: bool = key(False, "mask 1-D tensors (norms, biases) too")
     calibration_steps: int = key(0, "steps whose squared gradients choose the masks of rule grad_square, before step 1")
+    lift_rank: int = key(64, "rank of the part of W that rule lift looks at")
 
     # optimization
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = key(
@@ -130,7 +144,10 @@ class TrainConfig:
     adam_beta1: float = key(0.9, "decay of AdamW's first moment")
     adam_beta2: float = key(0.999, "decay of AdamW's second moment")
     adam_epsilon: float = key(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = key(1.0, "clip the gradient's norm, before masking; 0: no clipping")
+    max_grad_norm: float = key(1.0, "clip the gradient's norm; 0: no clipping")
+    clip: Literal["before", "after"] = key(
+        "before", "clip by the norm of the whole gradient, or of what masking leaves"
+    )
     epochs: int = key(3, "passes over the data")
     max_steps: int = key(0, "stop (and end the schedule) after N optimizer steps; 0: after `epochs`")
     global_batch_size: int = key(128, "examples per optimizer step, over all processes")
@@ -181,19 +198,18 @@ class TrainConfig:
         if masks and not 0 < self.keep_ratio <= 1:
             raise UserError(f"keep_ratio is the fraction of entries kept and must be in (0, 1], got {self.keep_ratio}")
         for name in OF_MASKS:
-            default = next(_default(f) for f in dataclasses.fields(self) if f.name == name)
-            if not masks and getattr(self, name) != default:
+            if not masks and not self._is_default(name):
                 raise UserError(
-                    f"{name} has no meaning for rule {self.rule}: leave it out (or use rule gmt, rmt or grad_square)"
+                    f"{name} has no meaning for rule {self.rule}: leave it out (or use a rule with masks, such as gmt)"
                 )
-
-        if (self.rule == "grad_square") != (self.calibration_steps > 0):
+        with user_errors():
+            axes = self.axes
+        self._check_score(axes.score)
+        if self.clip == "after" and (axes.masked_weights == "update" or not self.max_grad_norm):
             raise UserError(
-                f"calibration_steps is for rule grad_square, which needs at least 1; got {self.calibration_steps} "
-                f"with rule {self.rule}"
+                "clip after clips what masking leaves of the gradient: it needs a max_grad_norm above 0, "
+                "and masked_weights other than update, under which the moments see the whole gradient"
             )
-        if self.rule == "grad_square" and self.mixed_precision == "fp16":
-            raise UserError("rule grad_square sums squares of unscaled gradients: use bf16 or fp32, not fp16")
         if self.mask_jaccard and not self.log_masks_every:
             raise UserError("mask_jaccard needs log_masks_every, the steps between two masks that are compared")
         for tracker in self.trackers:
@@ -207,6 +223,7 @@ class TrainConfig:
             **dict.fromkeys(("tokenise_processes", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
             **dict.fromkeys(("loss_chunk", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
             **dict.fromkeys(("calibration_steps", "save_every_minutes", "log_masks_every", "max_skipped_steps"), 0),
+            "lift_rank": 1,
             "max_length": 2,
         }
         for name, least in at_least.items():
@@ -243,6 +260,33 @@ class TrainConfig:
             raise UserError("resume_changed has no meaning without resume")
         if self.resume and self.overwrite:
             raise UserError("resume goes on with the run in output_dir, overwrite deletes it: set one of the two")
+
+    @property
+    def axes(self) -> gmt.Rule:
+        """Score, refresh_every and masked_weights: the rule's own, or those of the keys."""
+        return gmt.rule_of(self.rule, self.score or None, self.refresh_every, self.masked_weights or None)
+
+    def _is_default(self, name: str) -> bool:
+        return getattr(self, name) == next(_default(f) for f in dataclasses.fields(self) if f.name == name)
+
+    def _check_score(self, score: str) -> None:
+        """Raise UserError where keys do not go with what is large."""
+        if (score == "squared_gradients") != (self.calibration_steps > 0):
+            raise UserError(
+                f"calibration_steps is for rule grad_square, which needs at least 1; got {self.calibration_steps} "
+                f"with rule {self.rule}"
+            )
+        if score == "squared_gradients" and self.mixed_precision == "fp16":
+            raise UserError("rule grad_square sums squares of unscaled gradients: use bf16 or fp32, not fp16")
+        if score != "low_rank" and not self._is_default("lift_rank"):
+            raise UserError(f"lift_rank is of score low_rank (rule lift): leave it out for rule {self.rule}")
+        if score == "low_rank" and self.scope == "model":
+            raise UserError("score low_rank (rule lift) looks at one matrix at a time: use scope tensor")
+        if score == "moment" and self.optimizer != "adamw":
+            raise UserError(
+                f"score moment (rule mofo) reads AdamW's first moment, which optimizer {self.optimizer} holds in 8 "
+                "bits: use adamw"
+            )
 
 
 @dataclass
@@ -307,9 +351,7 @@ def parse(cls: type, argv: list[str]) -> Any:
             raise UserError(f"--config takes one file, got {len(values)}")
         settings += _read_yaml(values[0])
     if rule := [values[-1] for k, values, _ in pairs if k == "rule" and values and cls is TrainConfig]:
-        unused = OF_MASKS if rule[-1] in gmt.rules() and not gmt.masks_entries(rule[-1]) else ()
-        unused += () if rule[-1] == "grad_square" else ("calibration_steps",)
-        settings = [setting for setting in settings if setting[0] not in unused]
+        settings = [setting for setting in settings if setting[0] not in _unused(rule[-1], settings, pairs)]
     settings += [(k, values, f"--{k}") for k, values, _ in pairs if k != "config"]
 
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -416,6 +458,18 @@ def _convert(f: dataclasses.Field, values: list[str], where: str) -> Any:
     if kind is float and not math.isfinite(number):
         wrong("a finite number", text)
     return number
+
+
+def _unused(rule: str, settings: list[tuple], words: list[tuple]) -> set[str]:
+    """Keys of the YAML file that have no meaning for the rule on the command line, which they were not written for."""
+    if rule not in gmt.rules():
+        return set()
+    if not gmt.masks_entries(rule):
+        return {*OF_MASKS, *OF_SCORES}
+    score = [values[-1] for k, values, _ in settings + words if k == "score" and values][-1:] or [
+        gmt.rule_of(rule).score
+    ]
+    return {name for name, of in OF_SCORES.items() if score[-1] != of}
 
 
 def _type_name(kind: Any) -> str:

@@ -52,7 +52,21 @@ def run(tmp_path, train_args):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"deterministic": "maybe"}, "deterministic must be true or false, got 'maybe'"),
         ({"rule": "gmtt"}, r"rule: unknown word 'gmtt'; did you mean gmt\?"),
-        ({"masked_weights": "froze"}, "masked_weights must be one of momentum, frozen, got 'froze'"),
+        (
+            {"rule": "gmt", "keep_ratio": 0.2, "masked_weights": "froze"},
+            "masked_weights must be one of momentum, frozen, update; got 'froze'",
+        ),
+        ({"rule": "gmt", "keep_ratio": 0.2, "score": "gradients"}, "score must be one of gradient, random"),
+        ({"rule": "gmt", "keep_ratio": 0.2, "refresh_every": -2}, "refresh_every must be at least 0, got -2"),
+        ({"refresh_every": 5}, "refresh_every has no meaning for rule none"),
+        ({"rule": "gmt", "keep_ratio": 0.2, "lift_rank": 8}, "lift_rank is of score low_rank"),
+        ({"rule": "lift", "keep_ratio": 0.2, "lift_rank": 0}, "lift_rank must be at least 1, got 0"),
+        ({"rule": "lift", "keep_ratio": 0.2, "scope": "model"}, "one matrix at a time: use scope tensor"),
+        ({"rule": "mofo", "keep_ratio": 0.2, "optimizer": "adamw_8bit"}, "which optimizer adamw_8bit holds in 8 bits"),
+        ({"rule": "mofo", "keep_ratio": 0.2, "mixed_precision": "fp16"}, "masked_weights update needs its own opt"),
+        ({"rule": "mofo", "keep_ratio": 0.2, "clip": "after"}, "clip after clips what masking leaves"),
+        ({"rule": "gmt", "keep_ratio": 0.2, "clip": "after", "max_grad_norm": 0}, "it needs a max_grad_norm above 0"),
+        ({"clip": "after"}, "clip has no meaning for rule none"),
         ({"masked_weights": "frozen"}, "masked_weights has no meaning for rule none"),
         (
             {"masked_weights": "frozen", "rule": "gmt", "keep_ratio": 0.2, "mixed_precision": "fp16"},
@@ -161,6 +175,9 @@ def test_a_rule_on_the_command_line_takes_the_place_of_the_yamls(tmp_path):
         config = parse(TrainConfig, [*words, "gmt", "--rule", rule])
         assert (config.rule, config.keep_ratio, config.scope) == (rule, None, "tensor")
     assert parse(TrainConfig, [*words, "grad_square"]).calibration_steps == 2
+    path.write_text(head.replace("scope: model", "scope: tensor") + "rule: lift\nlift_rank: 8\nclip: after\n")
+    assert [parse(TrainConfig, [*words, rule]).lift_rank for rule in ("lift", "gmt", "none")] == [8, 64, 64]
+    assert parse(TrainConfig, [*words, "gmt", "--score", "low_rank"]).lift_rank == 8
     with pytest.raises(UserError, match="keep_ratio has no meaning for rule none"):  # asked for here and now
         parse(TrainConfig, [*words, "none", "--keep_ratio", "0.2"])
     with pytest.raises(UserError, match="unknown word 'nome'; did you mean none"):

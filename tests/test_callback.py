@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerState, TrainingArguments
 
 import gmt
 import train
@@ -113,11 +113,24 @@ def test_saving_and_loading_call_no_mask_and_a_resumed_trainer_goes_on(tmp_path,
     assert torch.equal(whole, resumed)
 
 
+def test_an_overflow_is_left_to_the_scaler():
+    """Under fp16 the scaler skips the step, and has to see that it overflowed."""
+    model = torch.nn.Linear(4, 4)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.weight.grad[1, 2] = float("inf")
+    GMTCallback("gmt", 0.25).on_pre_optimizer_step(None, TrainerState(), None, model=model)
+    assert not model.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rule": "gmt", "keep_ratio": 0.2, "masked_weights": "frozen"}, "cannot do masked_weights 'frozen'"),
-        ({"rule": "hft"}, "can do the rules none, gmt, rmt; got 'hft'"),
+        ({"rule": "mofo", "keep_ratio": 0.2}, "cannot do masked_weights 'update'"),
+        ({"rule": "mofo", "keep_ratio": 0.2, "masked_weights": "momentum"}, "cannot do score 'moment'"),
+        ({"rule": "sift", "keep_ratio": 0.2}, "masks at each step, refresh_every 0 would have to be in the checkpoint"),
+        ({"rule": "hft"}, "hft masks no gradients: call gmt.freeze_half"),
         ({"rule": "gmt"}, "rule gmt needs a keep_ratio"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import typing
 
 import pytest
 import torch
@@ -205,22 +206,27 @@ def test_rmt_keeps_exactly_k_at_random(monkeypatch):
 
 def test_random_scores_are_pinned():
     """A change of the hash would break the resumption of RMT runs."""
-    scores = gmt.score_rmt(gmt.Entries(torch.zeros(4), torch.zeros(4), 10, 7)).tolist()
-    assert scores == gmt.score_rmt(gmt.Entries(torch.zeros(8), torch.zeros(8), 6, 7))[4:].tolist()
+    scores = gmt.score_random(gmt.Entries(torch.zeros(4), torch.zeros(4), 10, 7)).tolist()
+    assert scores == gmt.score_random(gmt.Entries(torch.zeros(8), torch.zeros(8), 6, 7))[4:].tolist()
     assert scores == [1915592351, 237355098, 615727587, 64217843]
 
 
+def slow_random(seed: int, offset: int, n: int) -> list[int]:
+    """The random scores in Python's integers, which do not overflow."""
+    scores = []
+    for x in range(offset, offset + n):
+        for r, odd in enumerate((0x2C1B3C6D, 0x297A2D39, 0x7FEB352D)):
+            x = (((x ^ gmt._mix64(seed + r)) & (2**31 - 1)) * odd) & (2**31 - 1)
+            x ^= x >> 15
+        scores.append(x)
+    return scores
+
+
 def test_random_scores_equal_their_definition():
-    """In Python's integers, which do not overflow; also where offsets pass 2**31, as in a large stack of experts."""
+    """Also where offsets pass 2**31, as in a large stack of experts."""
     for offset in (0, 2**31 - 3, 2**40 + 1):
-        got = gmt.score_rmt(gmt.Entries(torch.zeros(6), torch.zeros(6), offset, 7)).tolist()
-        expected = []
-        for x in range(offset, offset + 6):
-            for r, odd in enumerate((0x2C1B3C6D, 0x297A2D39, 0x7FEB352D)):
-                x = (((x ^ gmt._mix64(7 + r)) & (2**31 - 1)) * odd) & (2**31 - 1)
-                x ^= x >> 15
-            expected.append(x)
-        assert got == expected
+        got = gmt.score_random(gmt.Entries(torch.zeros(6), torch.zeros(6), offset, 7)).tolist()
+        assert got == slow_random(7, offset, 6)
 
 
 def test_one_threshold_for_gradients_of_two_dtypes_is_refused():
@@ -279,7 +285,7 @@ def test_frozen_entries_keep_weight_and_moments_and_the_others_get_plain_adamw(r
     cls, settings = OPTIMIZERS[kind]
     optimizer = cls(groups, lr=0.01, **settings)
     names = [n for n, _ in model.named_parameters()]
-    masker = gmt.Masker(model.named_parameters(), rule, 0.2)
+    masker = gmt.Masker(model.named_parameters(), rule, 0.2, masked_weights="frozen")
     ever_frozen = ever_moved = 0
     for step in range(12):
         for i, p in enumerate(model.parameters()):
@@ -319,7 +325,7 @@ def test_frozen_under_bitsandbytes(bits):
     bnb = pytest.importorskip("bitsandbytes")
     p = nn.Parameter(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)))
     optimizer = {32: bnb.optim.AdamW32bit, 8: bnb.optim.AdamW8bit}[bits]([p], lr=0.01, weight_decay=0.1)
-    masker = gmt.Masker([("w", p)], "gmt", 0.2)
+    masker = gmt.Masker([("w", p)], "gmt", 0.2, masked_weights="frozen")
     for step in range(4):
         p.grad = torch.randn(128, 128, generator=torch.Generator().manual_seed(step))
         old = p.detach().clone()
@@ -336,7 +342,7 @@ def test_frozen_with_keep_ratio_one_is_plain_adamw():
     for frozen in (False, True):
         model = model_with_grads()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        masker = gmt.Masker(model.named_parameters(), "gmt", 1.0)
+        masker = gmt.Masker(model.named_parameters(), "gmt", 1.0, masked_weights="frozen")
         for step in range(4):
             for i, p in enumerate(model.parameters()):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
@@ -346,6 +352,216 @@ def test_frozen_with_keep_ratio_one_is_plain_adamw():
                 optimizer.step()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
+
+
+# --- The family of rules ---------------------------------------------------------------------------------------------
+
+
+class SlowTwin:
+    """One matrix under a rule of the family and AdamW, from their equations, in fp64, with full sorts.
+
+    Written for score, refresh_every and masked_weights as the papers have them, not as gmt.RULES does.
+    """
+
+    equations: typing.ClassVar = {  # rule: score of (G, W, m after this step), refresh_every, what a masked weight does
+        "gmt": (lambda s: s.g, 1, "momentum"),
+        "rmt": (lambda s: s.random(), 1, "momentum"),
+        "sift": (lambda s: s.g, 0, "momentum"),
+        "gasdu": (lambda s: s.g, 50, "momentum"),
+        "shira": (lambda s: s.random(), 0, "momentum"),
+        "super_tuning": (lambda s: s.w, 0, "momentum"),
+        "mofo": (lambda s: s.next_m, 1, "update"),
+        "lift": (lambda s: s.rank_r(), 200, "frozen"),
+        "weight_gradient": (lambda s: s.w * s.g, 1, "momentum"),
+    }
+    lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.999, 1e-8, 0.1
+
+    def __init__(self, name, w, rule, k, seed, refresh_every=None, masked_weights=None):
+        self.name, self.w, self.k, self.seed = name, w.clone(), k, seed
+        self.score, self.every, self.masked = self.equations[rule]
+        self.every = self.every if refresh_every is None else refresh_every
+        self.masked = masked_weights or self.masked
+        self.m, self.v, self.mask, self.t = torch.zeros_like(w), torch.zeros_like(w), None, 0
+
+    def random(self):
+        import zlib
+
+        seed = gmt._mix64(gmt._mix64(gmt._mix64(self.seed) ^ self.t) ^ zlib.crc32(self.name.encode()))
+        return torch.tensor(slow_random(seed, 0, self.w.numel()), dtype=torch.float64).view_as(self.w)
+
+    def rank_r(self):
+        u, s, v = torch.linalg.svd(self.w)
+        return sum(s[i] * torch.outer(u[:, i], v[i]) for i in range(3))
+
+    def step(self, g):
+        self.g, self.next_m = g, self.beta1 * self.m + (1 - self.beta1) * g
+        if self.mask is None or (self.every and self.t % self.every == 0):
+            self.mask = slow_mask(self.score(self), self.k)
+        seen = g if self.masked == "update" else g * self.mask
+        m, v = self.beta1 * self.m + (1 - self.beta1) * seen, self.beta2 * self.v + (1 - self.beta2) * seen**2
+        self.t += 1
+        step = (m / (1 - self.beta1**self.t)) / ((v / (1 - self.beta2**self.t)).sqrt() + self.eps)
+        w = self.w * (1 - self.lr * self.decay) - self.lr * step
+        where = lambda new, old: torch.where(self.mask, new, old)  # noqa: E731
+        self.w = w if self.masked == "momentum" else where(w, self.w)
+        self.m, self.v = (where(m, self.m), where(v, self.v)) if self.masked == "frozen" else (m, v)
+
+
+def family(rule, **axes):
+    """A model of two matrices, its masker and AdamW, in fp64; and a function that draws a step's gradients."""
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"a": nn.Linear(12, 9, bias=False), "b": nn.Linear(9, 14, bias=False)}).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=SlowTwin.lr, weight_decay=SlowTwin.decay)
+    masker = gmt.Masker(model.named_parameters(), rule, 0.3, lift_rank=3, seed=5, **axes)
+
+    def draw(step):
+        for i, p in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + i)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+
+    return model, optimizer, masker, draw
+
+
+@pytest.mark.parametrize(
+    ("rule", "axes"),
+    [
+        *((rule, {}) for rule in SlowTwin.equations),
+        *((rule, {"refresh_every": 3}) for rule in ("gmt", "rmt", "super_tuning", "mofo", "lift")),
+        *((rule, {"masked_weights": how}) for rule in ("gmt", "sift", "mofo") for how in gmt.MASKED_WEIGHTS),
+    ],
+)
+def test_each_rule_is_that_of_its_equation(rule, axes):
+    model, optimizer, masker, draw = family(rule, **axes)
+    twins = [
+        SlowTwin(n, p.detach(), rule, gmt.keep_count(p.numel(), 0.3), 5, **axes) for n, p in model.named_parameters()
+    ]
+    for step in range(8):
+        draw(step)
+        grads = [p.grad.clone() for p in model.parameters()]
+        masker.step(optimizer, step)
+        for twin, p, g in zip(twins, model.parameters(), grads, strict=True):
+            twin.step(g)
+            torch.testing.assert_close(p.detach(), twin.w, rtol=0, atol=1e-13)
+            torch.testing.assert_close(optimizer.state[p]["exp_avg"], twin.m, rtol=0, atol=1e-13)
+            assert torch.equal(p.grad, g if twin.masked == "update" else g * twin.mask)
+
+
+def test_the_twin_has_every_rule_that_masks():
+    masking = {rule for rule in gmt.rules() if gmt.masks_entries(rule)}
+    assert masking == {*SlowTwin.equations, "grad_square"}  # which has a test of its own
+
+
+@pytest.mark.parametrize("rule", [*SlowTwin.equations])
+def test_masks_go_on_in_the_middle_of_an_interval(rule):
+    """A masker loaded from a state of the third of four steps, with the optimizer's, ends at the same bits."""
+    import copy
+
+    def run(first, last, state=None):
+        model, optimizer, masker, draw = family(rule, refresh_every=4)
+        if state:
+            for thing, content in zip((model, optimizer, masker), copy.deepcopy(state), strict=True):
+                thing.load_state_dict(content)
+        for step in range(first, last):
+            draw(step)
+            masker.step(optimizer, step)
+        return copy.deepcopy([thing.state_dict() for thing in (model, optimizer, masker)])
+
+    whole, half = run(0, 11), run(0, 7)
+    assert half[2]["chosen_at"] == 4 and len(half[2]["masks"]) == 2
+    resumed = run(7, 11, half)
+    assert all(torch.equal(whole[0][n], w) for n, w in resumed[0].items())
+    assert all(torch.equal(whole[2]["masks"][n], m) for n, m in resumed[2]["masks"].items())
+
+
+def test_a_skipped_step_does_not_skip_a_refresh():
+    _, optimizer, masker, draw = family("gmt", refresh_every=3)
+    chosen = []
+    for step in (0, 1, 2, 4, 5, 6, 7, 8):  # step 3 had no finite gradient
+        draw(step)
+        masker.step(optimizer, step)
+        chosen.append(masker.state_dict()["chosen_at"])
+    assert chosen == [0, 0, 0, 4, 4, 4, 7, 7]
+
+
+def test_a_parameter_that_gets_its_first_gradient_late_gets_its_mask_then():
+    model, _, masker, draw = family("sift")
+    draw(0)
+    late = model["b"].weight
+    late.grad = None
+    masker.mask_gradients(0)
+    assert list(masker.state_dict()["masks"]) == ["a.weight"]
+    draw(1)
+    expected = late.grad * slow_mask(late.grad, gmt.keep_count(late.numel(), 0.3))
+    masker.mask_gradients(1)
+    assert torch.equal(late.grad, expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (cls, _) in OPTIMIZERS.items() if cls is torch.optim.AdamW])
+def test_moment_is_that_of_the_optimizer_after_the_step(kind):
+    """Bit for bit, so that what moves are the largest |m| that the optimizer then holds."""
+    model = model_with_grads()
+    cls, settings = OPTIMIZERS[kind]
+    optimizer = cls(model.parameters(), lr=0.01, **settings)
+    masker = gmt.Masker(model.named_parameters(), "mofo", 0.1)
+    for step in range(5):
+        before = {p: p.detach().clone() for p in model.parameters()}
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        masker.step(optimizer, step)
+        for p in (p for p in model.parameters() if p.dim() == 2):
+            mask = slow_mask(optimizer.state[p]["exp_avg"], gmt.keep_count(p.numel(), 0.1))
+            assert torch.equal(p != before[p], mask)
+
+
+def test_low_rank_part_of_a_large_matrix_is_near_the_exact_one():
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 80, generator=generator)).Q for n in (300, 200))
+    w = (u * 0.8 ** torch.arange(80)) @ v.T
+    exact = torch.linalg.svd(w)
+    exact = (exact.U[:, :8] * exact.S[:8]) @ exact.Vh[:8]
+    part = gmt.low_rank_part(w, 8)
+    assert (part - exact).norm() < 1e-3 * exact.norm() and not torch.equal(part, exact)
+    ours, theirs = gmt.topk_mask(part, 6000), slow_mask(exact, 6000)
+    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.99
+    assert torch.equal(part, gmt.low_rank_part(w, 8))  # nothing is drawn from a generator
+    assert gmt.low_rank_part(w[:, :7], 8) is not None and torch.equal(gmt.low_rank_part(w[:, :7], 8), w[:, :7])
+
+
+def test_a_rule_of_ones_own_is_a_function_and_a_line(monkeypatch):
+    monkeypatch.setattr(gmt, "SCORES", dict(gmt.SCORES))
+    gmt.SCORES["gem"] = lambda e: e.grad / e.weight
+    assert "gem" in gmt.rules()
+    p = nn.Parameter(torch.randn(30, 40))
+    g = p.grad = torch.randn(30, 40)
+    expected = g * slow_mask((g / p).detach(), 360)
+    gmt.Masker([("p", p)], "gem", 0.3).mask_gradients(0)
+    assert torch.equal(p.grad, expected)
+    held = gmt.Masker([("p", p)], "gem", 0.3, refresh_every=0, masked_weights="frozen")
+    assert "score gem, chosen once, masked_weights frozen" in held.summary()
+
+
+def test_refusals_of_axes():
+    p = nn.Parameter(torch.zeros(2, 2))
+    for kwargs, message in (
+        ({"score": "momentum"}, "score must be one of gradient, random, weight"),
+        ({"refresh_every": -1}, "refresh_every must be at least 0, got -1"),
+        ({"masked_weights": "gone"}, "masked_weights must be one of momentum, frozen, update"),
+        ({"rule": "none", "keep_ratio": None, "refresh_every": 0}, "refresh_every has no meaning for rule none"),
+        ({"rule": "grad_square", "refresh_every": 5}, "refresh_every must be 0, got 5"),
+        ({"rule": "lift", "scope": "model"}, "scope must be tensor"),
+        ({"rule": "lift", "lift_rank": 0}, "lift_rank must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gmt.Masker([("p", p)], **{"keep_ratio": 0.5, **kwargs})
+    p.grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"masked_weights update owns the optimizer's step: call step\(\)"):
+        gmt.Masker([("p", p)], "mofo", 0.5).mask_gradients(0)
+    with pytest.raises(
+        ValueError, match=r"score moment needs the optimizer: mask_gradients\(step, optimizer=optimizer\)"
+    ):
+        gmt.Masker([("p", p)], "mofo", 0.5, masked_weights="momentum").mask_gradients(0)
+    with pytest.raises(ValueError, match="needs torch's Adam or AdamW, got SGD"):
+        gmt.Masker([("p", p)], "mofo", 0.5).step(torch.optim.SGD([p], lr=0.1), 0)
 
 
 def test_statistics():
@@ -422,8 +638,11 @@ def test_grad_square_keeps_the_largest_sums_of_squares(scope, monkeypatch):
         expected = {n: slow_mask(x, gmt.keep_count(x.numel(), 0.2)) for n, x in sums.items()}
     # a Masker that is loaded from the first one's state masks alike, at every step, in both readings of masked
     loaded = gmt.Masker(model.named_parameters(), "grad_square", 0.2, scope=scope)
-    loaded.load_state_dict({n: bits.clone() for n, bits in masker.state_dict().items()})
-    for step, m in enumerate((masker, masker, loaded)):
+    state = masker.state_dict()
+    loaded.load_state_dict({**state, "masks": {n: bits.clone() for n, bits in state["masks"].items()}})
+    frozen = gmt.Masker(model.named_parameters(), "grad_square", 0.2, scope=scope, masked_weights="frozen")
+    frozen.load_state_dict(state)
+    for step, m in enumerate((masker, frozen, loaded)):
         draw(1000 + step)
         grads = {n: p.grad.clone() for n, p in matrices.items()}
         if step == 1:
@@ -434,7 +653,7 @@ def test_grad_square_keeps_the_largest_sums_of_squares(scope, monkeypatch):
             assert torch.equal(p.grad, grads[n] * expected[n]), (step, n)
             assert step != 1 or torch.equal(p != before[n], expected[n])
     with pytest.raises(ValueError, match="masks in the checkpoint do not fit the parameter"):
-        loaded.load_state_dict({"up.weight": torch.zeros(3, dtype=torch.uint8)})
+        loaded.load_state_dict({"chosen_at": 0, "masks": {"up.weight": torch.zeros(3, dtype=torch.uint8)}})
 
 
 def test_grad_square_masks_all_of_a_parameter_without_calibration():
@@ -467,7 +686,7 @@ def test_largest_finite_gradients_are_not_called_infinite():
 def test_refusals():
     p = nn.Parameter(torch.zeros(2, 2))
     for kwargs, message in (
-        ({"rule": "gtm", "keep_ratio": 0.2}, "rule must be one of none, hft, grad_square, gmt, rmt"),
+        ({"rule": "gtm", "keep_ratio": 0.2}, "rule must be one of none, hft, gmt, rmt, sift"),
         ({"keep_ratio": None}, "needs a keep_ratio"),
         ({"keep_ratio": 0.0}, r"in \(0, 1\]"),
         ({"keep_ratio": 1.1}, r"in \(0, 1\]"),

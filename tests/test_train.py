@@ -26,6 +26,10 @@ RULES = {
     "hft": ["--rule", "hft"],
     "gmt frozen": ["--rule", "gmt", "--keep_ratio", "0.3", "--masked_weights", "frozen"],
     "grad_square": ["--rule", "grad_square", "--keep_ratio", "0.3", "--calibration_steps", "2"],
+    "shira": ["--rule", "shira", "--keep_ratio", "0.3"],
+    "gasdu every 4": ["--rule", "gasdu", "--keep_ratio", "0.3", "--refresh_every", "4"],
+    "mofo": ["--rule", "mofo", "--keep_ratio", "0.3"],
+    "lift every 4": ["--rule", "lift", "--keep_ratio", "0.3", "--refresh_every", "4", "--lift_rank", "4"],
     "gmt 8 bit": ["--rule", "gmt", "--keep_ratio", "0.3", "--optimizer", "adamw_8bit"],
     "gmt paged 8 bit": ["--rule", "gmt", "--keep_ratio", "0.3", "--optimizer", "paged_adamw_8bit"],
     "gmt bf16": ["--rule", "gmt", "--keep_ratio", "0.3", "--master_dtype", "bfloat16", "--mixed_precision", "bf16"],
@@ -404,6 +408,47 @@ def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, tra
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+def test_axes_of_the_rules_reach_the_training(tmp_path, train_args):
+    """A key of an axis makes one rule of the other, to the bit."""
+
+    def run(name, *words):
+        train.main(train_args(tmp_path / name, "--keep_ratio", "0.3", "--max_steps", "5", *words))
+        return weights(tmp_path / name)
+
+    shira = run("shira", "--rule", "shira")
+    assert same(run("a", "--rule", "gmt", "--score", "random", "--refresh_every", "0"), shira)
+    assert not same(run("b", "--rule", "rmt"), shira)
+    mofo = run("mofo", "--rule", "mofo")
+    assert same(run("c", "--rule", "gmt", "--score", "moment", "--masked_weights", "update"), mofo)
+    lift = run("lift", "--rule", "lift")
+    assert not same(run("d", "--rule", "lift", "--lift_rank", "2"), lift)
+
+
+@pytest.mark.parametrize("masked_weights", ["momentum", "frozen"])
+def test_clip_after_masking(tmp_path, train_args, masked_weights, monkeypatch):
+    """The optimizer sees the norm max_grad_norm, of what masking leaves; the logged norms are those before clipping."""
+    seen = []
+    words = ["--rule", "gmt", "--keep_ratio", "0.01", "--masked_weights", masked_weights, "--max_grad_norm", "1e-3"]
+
+    def norm(masker):
+        grads = [p.grad for p in masker.parameters if p.grad is not None]
+        return torch.stack([g.norm() for g in grads]).norm().item()
+
+    after_masking = steps.Clipping.after_masking
+
+    def look(self):
+        after_masking(self)
+        seen.append(norm(self))
+
+    monkeypatch.setattr(steps.Clipping, "after_masking", look)
+    for clip in ("before", "after"):
+        train.main(train_args(tmp_path / clip, *words, "--clip", clip, "--max_steps", "2"))
+    assert max(seen[:2]) < 0.9e-3 and seen[2:] == pytest.approx([1e-3, 1e-3], rel=1e-2)
+    before, after = (read_metrics(tmp_path / clip)[0] for clip in ("before", "after"))
+    assert after["grad_norm"] == before["grad_norm"]
+    assert after["grad_norm_kept"] == pytest.approx(before["grad_norm_kept"], rel=1e-5)
+
+
 def test_grad_square_counts_its_calibration_steps(tmp_path, train_args, monkeypatch):
     """The squares of exactly the first steps' gradients, at the initial weights, before the first of all steps."""
     calibrate, seen = gmt.Masker.calibrate, []
@@ -484,6 +529,8 @@ CHANGE_WEIGHTS = {
     "rule": {"rule": "rmt"},
     "keep_ratio": {"keep_ratio": 0.1},
     "scope": {"scope": "model"},
+    "score": {"score": "weight"},
+    "refresh_every": {"refresh_every": 0},
     "masked_weights": {"masked_weights": "frozen"},
     "exclude": {"exclude": "*proj*"},
     "mask_vectors": {"mask_vectors": "true"},
@@ -525,6 +572,8 @@ SHOWN_BY = {
     "compile": "test_losses.py: test_keys_reach_the_model",
     "deterministic": "test_keys_of_the_run",
     "dry_run": "test_plan.py: test_dry_run_prints_the_plan_and_makes_nothing",
+    "lift_rank": "test_axes_of_the_rules_reach_the_training",
+    "clip": "test_clip_after_masking",
     "calibration_steps": "test_grad_square_counts_its_calibration_steps",
     "save_every_minutes": "test_keys_of_the_run",
     "log_masks_every": "test_masks_are_logged_per_tensor",

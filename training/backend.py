@@ -26,9 +26,10 @@ def is_sharded() -> bool:
 def check_supported(config: TrainConfig) -> None:
     """Raise UserError for what is not supported, from configuration and environment alone: every process agrees."""
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    if config.mixed_precision == "fp16" and config.masked_weights == "frozen":
+    masked_weights = config.axes.masked_weights
+    if config.mixed_precision == "fp16" and masked_weights != "momentum":
         raise UserError(
-            "masked_weights frozen needs its own optimizer step, which fp16's gradient scaler owns: use bf16"
+            f"masked_weights {masked_weights} needs its own optimizer step, which fp16's gradient scaler owns: use bf16"
         )
     if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision fp16 needs a GPU: use bf16 or fp32 on a CPU")

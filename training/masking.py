@@ -33,9 +33,13 @@ def build_masker(config: TrainConfig, model: nn.Module) -> gmt.Masker:
             model.named_parameters(),
             config.rule,
             config.keep_ratio,
+            score=config.score or None,
+            refresh_every=config.refresh_every,
+            masked_weights=config.masked_weights or None,
             scope=config.scope,
             exclude=config.exclude,
             mask_vectors=config.mask_vectors,
+            lift_rank=config.lift_rank,
             seed=config.seed,
         )
 

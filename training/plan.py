@@ -87,6 +87,24 @@ def tensor_bytes(
     return total
 
 
+def mask_bytes(masker: gmt.Masker, processes: int, sharded: bool) -> dict[str, int]:
+    """Bytes that masking holds: masks as bits, and copies of the largest tensor that its way takes."""
+    shards = processes if sharded else 1
+    eligible = list(masker.eligible.values())
+    entries = sum(p.numel() for p in eligible)
+    largest = max((p.numel() * p.element_size() for p in eligible), default=0)
+    held = {}
+    if masker.score and (masker.refresh_every != 1 or masker.masked_weights != "momentum"):
+        held["masks"] = entries // (8 * shards)
+    if copies := {"frozen": 3, "update": 1}.get(masker.masked_weights):
+        held[f"{masker.masked_weights}'s copies"] = copies * largest // shards
+    if masker.score == "low_rank":  # the whole tensor, gathered, its part of rank r, and its mask, at a refresh
+        held["low rank's copies"] = 2 * largest + largest // 4
+    if masker.score == "squared_gradients":
+        held["sums of squares"] = sum(4 * p.numel() for p in eligible) // shards
+    return held
+
+
 def activation_bytes(
     config: TrainConfig, architecture: PretrainedConfig, rows: int, length: int, trained: int, packed: bool = False
 ) -> int:
@@ -227,10 +245,7 @@ def report(
     parameters = list(model.parameters())
     held = tensor_bytes(config, parameters, processes, sharded)
     held["activations"] = activation_bytes(config, model.config, rows, longest, in_largest, packed)
-    if config.masked_weights == "frozen":
-        held["frozen's copies"] = 3 * max(p.numel() * p.element_size() for p in parameters)
-    if config.rule == "grad_square":
-        held["masks"] = sum(p.numel() for p in masker.eligible.values()) // (8 * (processes if sharded else 1))
+    held |= mask_bytes(masker, processes, sharded)
     whole = tensor_bytes(config, parameters, 1, False)
     checkpoint = whole["weights"] + whole["optimizer"]
     saves = config.save_every or config.save_every_minutes

@@ -92,6 +92,28 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> tuple[float, float]
     return value, min(1.0, max_norm / (value + 1e-6))
 
 
+class Clipping:
+    """Clips the gradient as the keys max_grad_norm and clip say, and knows its norm without that."""
+
+    def __init__(self, config: TrainConfig, model: nn.Module):
+        self.parameters, self.factor = [p for p in model.parameters() if p.requires_grad], 1.0
+        self.max_norms = {"before": 0.0, "after": 0.0, config.clip: config.max_grad_norm}
+
+    def before_masking(self) -> float:
+        """Clip by the whole norm, so that the mask is the only difference between the rules; returns the norm."""
+        norm, self.factor = clip(self.parameters, self.max_norms["before"])
+        return norm
+
+    def after_masking(self) -> None:
+        """Clip by the norm of what masking leaves, so that a rule that keeps little is not clipped for the rest."""
+        if self.max_norms["after"]:
+            _, self.factor = clip(self.parameters, self.max_norms["after"])
+
+    def norm(self) -> float:
+        """The norm that the gradients would have now, had they not been clipped."""
+        return to_float(gradient_norm(self.parameters)) / self.factor
+
+
 def to_float(norm: Tensor) -> float:
     """The value of a norm, also of sharded gradients."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
