@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import read_metrics, torchrun, write_rows
+from conftest import make_model, read_metrics, torchrun, write_rows
 from safetensors.torch import load_file
 
 
@@ -114,6 +114,26 @@ def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, process
         kept = [[{n: c["kept"] for n, c in line["tensors"].items()} for line in lines] for lines in masks]
         assert kept[0] == kept[1] and [line["step"] for line in masks[0]] == [2, 4, 6, 8, 10]
         assert [m["jaccard"] for m in masks[0][:2]] == pytest.approx([m["jaccard"] for m in masks[1][:2]])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fsdp2_with_other_numbers_of_chunks_on_each_process(tmp_path, train_args, tied):
+    """A process with more chunks of the loss issues the same collectives as one with fewer; the numbers are the same.
+
+    Micro-batches of one example each, with 3, 13, 23, ... trained tokens: 1, 2, 3, ... chunks.
+    """
+    rows = [{"query": "q" * 9, "response": "r" * (2 + 10 * i)} for i in range(8)]
+    model = make_model(tmp_path / "model", tie_word_embeddings=tied)
+    args = ["--model", str(model), "--dataset", str(write_rows(tmp_path / "rows.jsonl", rows)), "--packing", "off"]
+    args += ["--master_dtype", "float64", "--loss_chunk", "9", "--per_device_batch_size", "1", "--rule", "gmt"]
+    args += ["--keep_ratio", "0.3", "--global_batch_size", "4", "--max_steps", "3"]
+    runs = []
+    for processes, worker in ((1, "worker"), (2, "fsdp_worker")):
+        done = run(processes, train_args(tmp_path / worker, *args), worker)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append((weights(tmp_path / worker), [line["loss"] for line in read_metrics(tmp_path / worker)]))
+    (a, losses), (b, others) = runs
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-9 and others == pytest.approx(losses, abs=1e-9)
 
 
 @pytest.mark.parametrize("worker", ["worker", pytest.param("fsdp_worker", marks=pytest.mark.slow)])

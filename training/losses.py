@@ -41,15 +41,20 @@ def attach_loss(model: nn.Module, chunk: int) -> None:
     states are gathered at the trained positions before the head sees them: a prompt needs no logits. Without targets
     the call is the model's own, and returns logits.
 
-    The loss is computed inside the model's forward, so that DDP and FSDP2 see one forward pass: hooks fire, and the
-    head's shards are gathered once. Call this before `accelerator.prepare`.
+    The loss is computed inside the model's forward, in one call of the head's module however many chunks there are: DDP
+    and FSDP2 see one forward pass, every process issues the same collectives, and the head's shards are gathered once.
+    Call this before `accelerator.prepare`.
     """
-    own_forward = model.forward
+    head = model.get_output_embeddings()
+    own_forward, own_head = model.forward, head.forward
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
 
-    def head(hidden: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(hidden)
+    def logits_of(hidden: Tensor) -> Tensor:
+        logits = own_head(hidden)
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def head_forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        return own_head(hidden) if targets is None else token_losses(logits_of, hidden, targets, chunk)
 
     def forward(
         input_ids: Tensor,
@@ -62,6 +67,6 @@ def attach_loss(model: nn.Module, chunk: int) -> None:
         if targets is None:
             return own_forward(**inputs)
         hidden = model.base_model(**inputs).last_hidden_state
-        return token_losses(head, hidden.flatten(0, 1).index_select(0, positions), targets, chunk)
+        return head(hidden.flatten(0, 1).index_select(0, positions), targets)
 
-    model.forward = forward
+    model.forward, head.forward = forward, head_forward
