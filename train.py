@@ -117,13 +117,13 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         accelerator.unscale_gradients()
         grad_norm = clipping.before_masking()
         finite, stats = math.isfinite(grad_norm), None
-        flags = {
+        wanted = {
             "stats": logged or masks_logged,
             "jaccard": masks_logged and config.mask_jaccard,
             "check_finite": False,
         }
         if finite and masker.masked_weights == "momentum":
-            stats = masker.mask_gradients(step, optimizer=optimizer.optimizer, **flags)
+            stats = masker.mask_gradients(step, optimizer=optimizer.optimizer, **wanted)
             clipping.after_masking()
         timer.lap("mask")
 
@@ -132,7 +132,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         for group in optimizer.param_groups:
             group["lr"] = lr
         if finite and masker.masked_weights != "momentum":  # masks, steps, and takes back the step where M = 0
-            stats = masker.step(optimizer.optimizer, step, after_masking=clipping.after_masking, **flags)
+            stats = masker.step(optimizer.optimizer, step, after_masking=clipping.after_masking, **wanted)
         elif finite or accelerator.scaler is not None:
             optimizer.step()
         kept_norm = clipping.norm() if finite and logged else grad_norm
