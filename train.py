@@ -78,7 +78,6 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     accelerator.print(summary(config, tokenizer, examples, held_out, total_steps, accelerator.num_processes))
 
     # --- the objective, the run folder, and the checkpoint to go on from ---------------------------------------------
-    # DPO's reference is the model as it is now, before a checkpoint is loaded
     objectives = build_objectives(config, model, examples, held_out, packed, accelerator)
     accelerator.register_for_checkpointing(masker)  # masks that serve for more than a step
     description = resume.describe(config, examples, held_out, accelerator)
@@ -117,11 +116,8 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         accelerator.unscale_gradients()
         grad_norm = clipping.before_masking()
         finite, stats = math.isfinite(grad_norm), None
-        wanted = {
-            "stats": logged or masks_logged,
-            "jaccard": masks_logged and config.mask_jaccard,
-            "check_finite": False,
-        }
+        wanted = {"stats": logged or masks_logged, "jaccard": masks_logged and config.mask_jaccard}
+        wanted["check_finite"] = False  # it has just been checked
         if finite and masker.masked_weights == "momentum":
             stats = masker.mask_gradients(step, optimizer=optimizer.optimizer, **wanted)
             clipping.after_masking()
