@@ -72,15 +72,32 @@ def test_three_lines_in_a_loop_of_ones_own():
 
 def test_a_rule_of_ones_own(monkeypatch):
     monkeypatch.setattr(gmt, "SCORES", dict(gmt.SCORES))
-    block = python_with("weight_times_gradient")
+    block = python_with("relative_gradient")
     assert len(block.strip().splitlines()) < 15
     exec(block, {"torch": torch, "gmt": gmt})
     p = nn.Parameter(torch.randn(30, 40))
     p.grad = torch.randn(30, 40)
-    score = (p * p.grad).abs().detach()
+    score = (p.grad / p.abs().clamp(min=1e-12)).abs().detach()
     expected = p.grad * (score >= score.flatten().sort(descending=True).values[359])
-    gmt.Masker([("p", p)], "weight_times_gradient", 0.3).mask_gradients(0)
+    gmt.Masker([("p", p)], "relative_gradient", 0.3).mask_gradients(0)
     assert torch.equal(p.grad, expected)
+
+
+def test_the_table_of_rules_is_gmts():
+    """Every rule, with its axes and its source; and what each costs."""
+    rows = [
+        line.strip("| ").split(" | ") for line in PAGES["docs/method.md"].replace("\\|", "").splitlines() if "|" in line
+    ]
+    rows = {cells[0].strip("`"): cells for cells in rows if len(cells) == 6}
+    for name, rule in gmt.RULES.items():
+        _, _, score, refresh_every, masked_weights, source = rows[name]
+        assert source and rule.source.startswith(source), name
+        if rule.score:
+            assert (score, refresh_every.split(":")[0], masked_weights) == (
+                rule.score, str(rule.refresh_every), rule.masked_weights,
+            ), name  # fmt: skip
+    costs = PAGES["docs/method.md"].partition("| rule | memory | time |")[2]
+    assert all(f"`{name}`" in costs for name in gmt.RULES if name != "none")
 
 
 def test_a_benchmark_of_ones_own(monkeypatch, tmp_path, model_dir):
