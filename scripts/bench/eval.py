@@ -28,18 +28,23 @@ SHAPES = {
 STOP = ("Question:", "### Instruction")
 
 
-def make_model(folder: Path, shape: str, seed: int = 0) -> None:
-    """A random Llama whose greedy answers wander, and a byte-level tokenizer."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, <bos> (0) and <pad> (1)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {c: i for i, c in enumerate(["<bos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", pad_token="<pad>")
+
+
+def make_model(folder: Path, shape: str, seed: int = 0) -> None:
+    """A random Llama whose greedy answers wander, and its tokenizer."""
+    tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **SHAPES[shape], vocab_size=len(vocab), initializer_range=0.1, max_position_embeddings=2048, bos_token_id=0,
+        **SHAPES[shape], vocab_size=len(tokenizer), initializer_range=0.1, max_position_embeddings=2048, bos_token_id=0,
         eos_token_id=None, pad_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -1,10 +1,14 @@
 """What the benchmarks share: interleaved repeats, medians, a table and a JSON file."""
 
+import importlib.machinery
+import importlib.util
 import json
 import platform
 import resource
 import statistics
+import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,3 +78,14 @@ def write(path: str, content: dict[str, Any]) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps({"hardware": hardware(), **content}, indent=1) + "\n")
         print(f"saved {path}")
+
+
+def allow_missing(package: str) -> None:
+    """Let modules that import a package which is not installed be imported, for those of their functions that go
+    without it."""
+    if importlib.util.find_spec(package) is None:
+        import transformers  # noqa: F401 - looks for itself which packages are there, before this one seems to be
+
+        stand_in = unittest.mock.MagicMock(name=package)
+        stand_in.__spec__ = importlib.machinery.ModuleSpec(package, None)
+        sys.modules.update({name: stand_in for name in (package, f"{package}.utils.logging", f"{package}.exceptions")})

@@ -10,7 +10,9 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -40,9 +42,10 @@ WAYS = {  # name: rule, masked_weights, statistics at every step
 PHASES = ("forward_backward", "clip", "mask", "optimizer")
 
 
-def build(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    hidden, layers, heads, kv_heads, ffn, vocabulary, tied = SHAPES[args.shape]
-    architecture = LlamaConfig(
+def architecture(shape: str) -> LlamaConfig:
+    """The configuration of a word of SHAPES."""
+    hidden, layers, heads, kv_heads, ffn, vocabulary, tied = SHAPES[shape]
+    return LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -52,17 +55,26 @@ def build(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimi
         tie_word_embeddings=tied,
         use_cache=False,
     )
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """What the plan and the optimizer need to know of the run that is imitated."""
+    return TrainConfig(
+        model="-", dataset="-", output_dir="-", rule="none", optimizer=args.optimizer, learning_rate=1e-6,
+        master_dtype=args.master_dtype, gradient_checkpointing=args.gradient_checkpointing, loss_chunk=0,
+    )  # fmt: skip
+
+
+def build(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A random model on the device, in the dtype of its masters, and its optimizer."""
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, args.master_dtype))
     with bench.device():
-        model = LlamaForCausalLM(architecture)
+        model = LlamaForCausalLM(architecture(args.shape))
     torch.set_default_dtype(torch.float32)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    config = TrainConfig(
-        model="-", dataset="-", output_dir="-", rule="none", optimizer=args.optimizer, learning_rate=1e-6
-    )
-    return model.train(), build_optimizer(config, model)
+    return model.train(), build_optimizer(train_config(args), model)
 
 
 def step(args: argparse.Namespace, way: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -109,7 +121,8 @@ def peak_memory_mib(args: argparse.Namespace, way: str) -> float:
     return bench.peak_bytes() / 2**20
 
 
-def main() -> None:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments in `words`, or of the command line, with their defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="10m")
     parser.add_argument("--tokens", type=int, default=16384, help="per step")
@@ -124,16 +137,13 @@ def main() -> None:
     parser.add_argument("--no_memory", action="store_true", help="skip the measurement of memory")
     parser.add_argument("--json", default="", help="write the results to this file")
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)  # what the script calls itself with
-    args = parser.parse_args()
-    if args.memory_of:
-        print(json.dumps(peak_memory_mib(args, args.memory_of)))
-        return
-    ways = ["none", *(way for way in args.ways if way != "none")]
-    memory = {}
-    for way in ways if not args.no_memory else ():
-        command = [sys.executable, *sys.argv, "--memory_of", way]
-        memory[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return parser.parse_args(words)
 
+
+def measure(
+    args: argparse.Namespace, ways: list[str], memory: dict[str, float]
+) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    """(the model, a row per way); `none` comes first. `memory`: peak memory in MiB by way, or nothing."""
     model, optimizer = build(args)
     samples: dict[str, list[dict]] = {way: [] for way in ways}
     for repeat in range(args.repeats + 1):  # the first is a warm-up
@@ -159,6 +169,21 @@ def main() -> None:
         if memory:
             row |= {"peak memory, MiB": memory[way], "/ none's": memory[way] / memory["none"]}
         rows.append(row)
+    return model, rows
+
+
+def main() -> None:
+    args = arguments()
+    if args.memory_of:
+        print(json.dumps(peak_memory_mib(args, args.memory_of)))
+        return
+    ways = ["none", *(way for way in args.ways if way != "none")]
+    memory = {}
+    for way in ways if not args.no_memory else ():
+        command = [sys.executable, *sys.argv, "--memory_of", way]
+        memory[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    model, rows = measure(args, ways, memory)
     entries = sum(p.numel() for p in model.parameters())
     print(f"{entries / 1e6:.1f} million parameters, {args.tokens} tokens a step, on {bench.hardware()}")
     bench.show(rows)

@@ -1,0 +1,105 @@
+"""scripts/gpu_check.sh: all parts on a CPU, what is missing, what takes too long."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from scripts.bench import gpu_check
+
+WITHOUT = """
+import importlib.util, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in MISSING:
+            raise ModuleNotFoundError(name)
+
+MISSING, find_spec = {"datasets", "evaluate", "bitsandbytes", "trl", "triton"}, importlib.util.find_spec
+sys.meta_path.insert(0, Missing())
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in MISSING else find_spec(name)
+"""
+
+
+def run(tmp_path: Path, *words: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    """The finished command, and its lines."""
+    done = subprocess.run(
+        [
+            "bash",
+            "scripts/gpu_check.sh",
+            *words,
+            "--json",
+            str(tmp_path / "x.json"),
+            "--lines",
+            str(tmp_path / "lines"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = tmp_path / "lines"
+    return done, [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+
+
+def test_some_parts(tmp_path):
+    done, lines = run(tmp_path, "--tiny", "--parts", "card", "equal")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "x.json").read_text())["lines"] == lines
+    copy, product = [line for line in lines if line["part"] == "card"]
+    assert copy["value"] > 0 and copy["unit"] == "GB/s"
+    assert product["value"] > 0 and product["unit"] == "TFLOP/s"
+    assert {line["holds"] for line in lines if "holds" in line} == {True}
+    assert "bf16 product of 256 x 256" in done.stdout.split("\n\n")[-1]  # the table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused_in_one_line(tmp_path):
+    done, lines = run(tmp_path)
+    assert done.returncode == 2 and lines == []
+    assert done.stderr.startswith("gpu_check.py: error: there is no GPU") and done.stderr.count("\n") == 1
+
+
+def test_a_part_that_takes_too_long_is_cut_and_what_it_found_stays(tmp_path):
+    lines = tmp_path / "lines"
+    gpu_check.Report(lines, "resume").value("found before", 1.5, "ms")
+    gpu_check.run_part("resume", 0.5, lines, tiny=True)
+    first, second = map(json.loads, lines.read_text().splitlines())
+    assert first == {"part": "resume", "what": "found before", "value": 1.5, "unit": "ms"}
+    assert second["failed"].startswith("cut after")
+
+
+def test_a_failure_is_told_and_makes_the_exit_code_1(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.replace('"evaluate"', '"evaluation"'))
+    done, lines = run(tmp_path, "--tiny", "--parts", "generate", "card", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [line["part"] for line in lines] == ["generate", "card", "card"]  # the next part goes on
+    assert "evaluation" in lines[0]["failed"]
+    assert "FAILED" in done.stdout
+
+
+@pytest.mark.slow
+def test_all_parts(tmp_path):
+    done, lines = run(tmp_path, "--tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(dict.fromkeys(line["part"] for line in lines)) == list(gpu_check.PARTS)
+    assert all(line["holds"] for line in lines if "holds" in line)
+    left_out = {line["part"] for line in lines if "left_out" in line}
+    assert left_out <= {"step_1b", "step_8b", "fp16", "equal"} or torch.cuda.is_available()
+
+
+@pytest.mark.slow
+def test_what_is_missing_costs_only_what_needs_it(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    parts = ("mask", "step_8b", "trl", "frozen", "generate", "equal")
+    done, lines = run(tmp_path, "--tiny", "--parts", *parts, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    reasons = {line["part"]: line["left_out"] for line in lines if "left_out" in line}
+    assert reasons["trl"] == "trl and datasets missing"
+    assert "bitsandbytes" in next(x["left_out"] for x in lines if x["what"] == "8-bit AdamW")
+    assert {line["part"] for line in lines if "value" in line or "holds" in line} == {*parts} - {"trl"}
