@@ -217,6 +217,7 @@ RUN_BY = {
     "bash scripts/sweep_keep_ratio.sh": "tests/test_reproduce.py::test_sweep_whole",
     "bash scripts/test.sh": ".ci/run",
     "bash scripts/install_sandbox.sh": "scripts/test.sh",
+    "bash scripts/gpu_check.sh": "tests/test_gpu_check.py::test_some_parts",
     "pip install -r requirements.txt": "scripts/setup.sh",
     "sbatch scripts/slurm.sh": "tests/test_slurm.py::test_a_signal_reaches_the_training_processes",
     "python scripts/download.py": "tests/test_download.py::test_a_run_goes_without_the_hub",
