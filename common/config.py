@@ -91,7 +91,7 @@ class TrainConfig:
     )
     output_dir: str = key(help="folder of this run: log, checkpoints, final model")
     tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")
-    dataset_split: str = key("train", "split of a Hub dataset")
+    dataset_split: str = key("train", "split of a folder or of a Hub dataset")
     template: str = key(
         "metamath",
         "how a row becomes text: metamath, magicoder, prompt_response, tulu, chat (the tokenizer's own chat template), "
