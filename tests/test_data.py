@@ -196,6 +196,10 @@ def test_what_datasets_leaves_on_disk(tmp_path):
     assert read("one") == read("dict") == numbered(1, 2) and read("dict", "test") == numbered(3)
     with pytest.raises(UserError, match="no split 'dev'; the folder has test: test; train: train"):
         read("dict", "dev")
+    with pytest.raises(
+        UserError, match="it holds folders of save_to_disk: name one of them, dict/test, dict/train, one"
+    ):
+        read("")
     (tmp_path / "infos").mkdir()
     write_rows(tmp_path / "infos" / "train.jsonl", numbered(1))
     (tmp_path / "infos" / "dataset_infos.json").write_text(json.dumps({"default": {"splits": {"train": {}}}}))

@@ -198,6 +198,25 @@ def test_bad_messages(tmp_path, messages, message):
         sources.load_rows(str(path), ("messages",))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": [], "completion": []},
+            "put prompt and completion into one list of messages, or use template promp",
+        ),
+        ({"conversations": []}, "rename it, its from and value to role and content, human and gpt to user and assista"),
+    ],
+)
+def test_other_columns_of_conversations_are_explained(tmp_path, row, message):
+    import pandas
+
+    pandas.DataFrame([row]).to_parquet(tmp_path / "a.parquet")
+    for path in (write_rows(tmp_path / "a.jsonl", [row]), tmp_path / "a.parquet"):
+        with pytest.raises(UserError, match=f"no column 'messages'; .*{message}"):
+            sources.load_rows(str(path), ("messages",))
+
+
 def test_bad_messages_in_parquet(tmp_path):
     import pandas
 
