@@ -91,7 +91,7 @@ class TrainConfig:
     )
     output_dir: str = key(help="folder of this run: log, checkpoints, final model")
     tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")
-    dataset_split: str = key("train", "split of a Hub dataset")
+    dataset_split: str = key("train", "split of a folder or of a Hub dataset")
     template: str = key(
         "metamath",
         "how a row becomes text: metamath, magicoder, prompt_response, tulu, chat (the tokenizer's own chat template), "
@@ -305,7 +305,9 @@ class EvalConfig:
     languages: list[str] = key([], "languages of TyDiQA, in English: 'english finnish'; none named: all nine")
     prompt_format: str = key("", "how prompts are written: base, tulu, chat, ...; empty: each task's own; README")
     seed: int = key(0, "of sampled completions (greedy ones have no use for it)")
-    batch_size: int = key(64, "prompts generated at a time; blocks of 4 batches are dealt to processes and resumed")
+    batch_size: int = key(
+        64, "prompts generated at a time; processes share, and a resumed run keeps, blocks of 4 batches"
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "dtype of the weights; on a CPU use float32")
     workers: int = key(0, "processes that judge answers at the same time; 0: one per physical core")
     allow_unsafe_code: bool = key(False, "run the model's programs although no sandbox works on this machine")

@@ -17,7 +17,7 @@ def world_size() -> int:
     """WORLD_SIZE of the environment, 1 where there is none.
 
     Raises:
-        UserError: it is no whole number of at least 1.
+        UserError: it is not a positive integer.
     """
     return _number("WORLD_SIZE", 1)
 

@@ -54,10 +54,9 @@ def data_files(source: str, split: str = "train") -> list[Path] | None:
 def _splits_of_folder(source: str, path: Path) -> dict[str, list[Path]]:
     """{split: its data files}, as `datasets` resolves a folder."""
     try:
-        readme = path / "README.md"
-        configurations = (
-            MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data) if readme.is_file() else {}
-        )
+        readme, configurations = path / "README.md", {}
+        if readme.is_file() and readme.read_text(encoding="utf-8").startswith("---"):
+            configurations = MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data)
         if len(configurations) > 1:
             raise UserError(
                 f"dataset {source}: its README has the configurations {', '.join(configurations)}: name the files of "
@@ -72,6 +71,9 @@ def _splits_of_folder(source: str, path: Path) -> dict[str, list[Path]]:
         found = {}
         if any(path.rglob("*")):
             raise UserError(f"dataset {source}: its files cannot be found: {_one_line(e)}") from None
+    if any(Path(f).name == "state.json" for files in found.values() for f in files):
+        saved = _names(sorted(f.parent for f in path.rglob("state.json")), path)
+        raise UserError(f"dataset {source}: it holds folders of save_to_disk: name one of them, {saved}")
     splits = {str(name): [Path(f) for f in files if f.endswith(ROW_FILES)] for name, files in found.items()}
     splits = {name: files for name, files in splits.items() if files}
     if not splits:
@@ -126,7 +128,7 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     except json.JSONDecodeError as e:
         line = e.lineno if is_array else number
         raise UserError(f"{path}, line {line}: malformed JSON: {e.msg} at column {e.colno}") from None
-    except (RecursionError, ValueError) as e:  # nested too deeply; a whole number of thousands of digits
+    except (RecursionError, ValueError) as e:  # nested too deeply; an integer of thousands of digits
         reason = "nested too deeply" if isinstance(e, RecursionError) else _one_line(e).partition(";")[0]
         raise UserError(f"{path}, line {number}: cannot be read: {reason}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
@@ -214,7 +216,7 @@ def _extras(
 
 
 def with_extras(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of load_rows with its extras in their places: messages are whole again, optional columns are there."""
+    """A row of load_rows with its extras put back: messages with all their keys, and the optional columns."""
     extras = json.loads(row[EXTRAS]) if row.get(EXTRAS) else {}
     row = {name: value for name, value in row.items() if name != EXTRAS}
     for name, value in extras.items():

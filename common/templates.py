@@ -92,7 +92,7 @@ def tulu(
             segments += [Segment("<|assistant|>\n", False), Segment(f"{content}{tokenizer.eos_token}\n", True)]
         else:
             segments.append(Segment(f"<|{role}|>\n{content}\n", False))
-    segments[-1] = segments[-1]._replace(text=segments[-1].text.rstrip())  # the whole text is stripped
+    segments[-1] = segments[-1]._replace(text=segments[-1].text.rstrip())  # the text as a whole is stripped
     return segments
 
 
@@ -192,11 +192,11 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Returns:
         its id; an empty list where there is no chat template, or where text alone ends a turn.
     """
-    mark = "the answer"
-    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+    answer = "the answer"
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:
         chat_template(tokenizer)
-        behind = apply_chat_template(tokenizer, messages, False).rpartition(mark)[2]
+        behind = apply_chat_template(tokenizer, messages, False).rpartition(answer)[2]
     except UserError:
         return []
     special = tokenizer.added_tokens_decoder

@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_model, python, write_rows
+from conftest import ROOT, make_model, python, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -339,6 +339,34 @@ def test_adapters_and_damaged_generation_configs(renamed):
             load_weights(str(damaged))
 
 
+@pytest.mark.parametrize("folder", ["common", "evaluation", "scripts", "tasks", "training", "."])
+def test_all_weights_are_loaded_by_load_weights(folder):
+    files = [p for p in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py") if p.name != "hub.py"]
+    assert files and not [p for p in files if "AutoModelForCausalLM.from_pretrained" in p.read_text()]
+
+
+def test_a_tokenizer_in_sentencepieces_format_alone(model_dir, tmp_path):
+    """It is read; where the packages that read it are not installed, they are named."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text("".join(f"{i} apples and pears, {i * 7} plums\n" for i in range(200)))
+    shutil.copytree(model_dir, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "model" / "tokenizer"), vocab_size=60,
+        model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    load = (
+        "import sys; from transformers import AutoTokenizer; from common.config import run_main; "
+        "from common.hub import from_pretrained; "
+        f"run_main(lambda: print(from_pretrained(AutoTokenizer, {str(tmp_path / 'model')!r}, 'tokenizer')('9')), 'x')"
+    )
+    assert "input_ids" in python("-c", load).stdout
+    for module, package in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
+        done = python("-c", f"import sys; sys.modules[{module!r}] = None; {load}")
+        assert done.returncode == 2 and f"its tokenizer.model needs: pip install {package}" in done.stderr, done.stderr
+
+
 # --- output folder ---------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +452,36 @@ def test_backends_on_which_masks_would_be_wrong_are_refused(run, monkeypatch, en
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         run(max_steps=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set, RANK is not: left over from another launch"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 is set, RANK is not: .* start the processes with accelerate launch"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE=2 is set, PMI_RANK is not"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+            "OMPI_COMM_WORLD_SIZE=2 is set, MASTER_ADDR is no",
+        ),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is no number of processes"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is no number of processes"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x in the environment is no number of processes"),
+    ],
+)
+def test_what_another_launch_has_left_in_the_environment(run, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        run(max_steps=1)
+
+
+def test_one_process_may_be_named_in_the_environment(run, monkeypatch):
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    run(max_steps=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run(dry_run="true", output_dir="elsewhere")  # a plan for two
 
 
 def test_a_folder_in_use_is_refused(run, tmp_path):

@@ -149,6 +149,10 @@ def numbered(*numbers):
         ({"train/b.jsonl": 2, "train/a.jsonl": 1, "test/a.jsonl": 3}, {"train": [1, 2], "test": [3]}),
         ({"x-train.jsonl": 1, "x-eval.jsonl": 2}, {"train": [1], "test": [2]}),
         ({"b.jsonl": 2, "a.jsonl": 1, "sub/c.jsonl": 3}, {"train": [1, 2, 3]}),
+        (
+            {"data/train_x-00000-of-00001.jsonl": 1, "data/test_x-00000-of-00001.jsonl": 2},
+            {"train_x": [1], "test_x": [2]},
+        ),
         ({"contest.jsonl": 1, "latest.jsonl": 2}, {"train": [1, 2]}),
         ({"data/one.jsonl": 1, "data/two.jsonl": 2, "README.md": "one two"}, {"one": [1], "two": [2]}),
     ],
@@ -192,6 +196,10 @@ def test_what_datasets_leaves_on_disk(tmp_path):
     assert read("one") == read("dict") == numbered(1, 2) and read("dict", "test") == numbered(3)
     with pytest.raises(UserError, match="no split 'dev'; the folder has test: test; train: train"):
         read("dict", "dev")
+    with pytest.raises(
+        UserError, match="it holds folders of save_to_disk: name one of them, dict/test, dict/train, one"
+    ):
+        read("")
     (tmp_path / "infos").mkdir()
     write_rows(tmp_path / "infos" / "train.jsonl", numbered(1))
     (tmp_path / "infos" / "dataset_infos.json").write_text(json.dumps({"default": {"splits": {"train": {}}}}))

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import write_rows
-from transformers import AutoTokenizer
+from conftest import make_model, write_rows
+from transformers import AutoTokenizer, GenerationConfig
 
 import train
 from common import sources, templates
@@ -196,6 +196,25 @@ def test_bad_messages(tmp_path, messages, message):
     path = write_rows(tmp_path / "r.jsonl", [{"messages": messages}])
     with pytest.raises(UserError, match=message):
         sources.load_rows(str(path), ("messages",))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": [], "completion": []},
+            "put prompt and completion into one list of messages, or use template promp",
+        ),
+        ({"conversations": []}, "rename it, its from and value to role and content, human and gpt to user and assista"),
+    ],
+)
+def test_other_columns_of_conversations_are_explained(tmp_path, row, message):
+    import pandas
+
+    pandas.DataFrame([row]).to_parquet(tmp_path / "a.parquet")
+    for path in (write_rows(tmp_path / "a.jsonl", [row]), tmp_path / "a.parquet"):
+        with pytest.raises(UserError, match=f"no column 'messages'; .*{message}"):
+            sources.load_rows(str(path), ("messages",))
 
 
 def test_bad_messages_in_parquet(tmp_path):
@@ -404,6 +423,28 @@ def test_the_first_example_is_shown_at_the_start(tmp_path, train_args, capsys):
     assert "\nexample 0 of 20: 43 tokens, 9 of them trained\n  not trained    34 tokens [" in said
     assert r" '<|user|>\nWhat is 0?\n<|assistant|>\n'" in said
     assert "\n  trained         9 tokens [" in said and "] 'It is 0.<eos>'\n" in said
+
+
+def test_generation_ends_where_a_trained_answer_ends(tmp_path, model_dir, train_args, capsys):
+    """The base model's EOS is another token than the one that ends turns: final/ stops at both."""
+    tokenizer = with_tokens(model_dir, "<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + CHATML
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = make_model(tmp_path / "model", vocab_size=261)
+    tokenizer.save_pretrained(model)
+    path = write_rows(tmp_path / "r.jsonl", [{"messages": turns(f"What is {i}?", f"It is {i}.")} for i in range(20)])
+    words = ["--model", str(model), "--dataset", str(path), "--max_steps", "1"]
+    for template, ends, said in (("chat", [1, end], f"'<|im_end|>' (id {end})"), ("tulu", 1, "'<eos>' (id 1)")):
+        train.main([*train_args(tmp_path / template, *words), "--template", template])
+        out = capsys.readouterr().out
+        assert f"a trained answer ends with {said}, which ends generation too" in out
+        assert ("for the chat template it is always 26 July 2024" in out) == (template == "chat")
+        assert GenerationConfig.from_pretrained(tmp_path / template / "final").eos_token_id == ends
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.save_pretrained(model)
+    train.main([*train_args(tmp_path / "text", *words), "--template", "chat"])
+    assert "warning: the chat template ends an answer with text alone" in capsys.readouterr().out
 
 
 def test_a_template_of_ones_own(tokenizer, monkeypatch):

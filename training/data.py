@@ -74,7 +74,7 @@ class Examples:
         return self.lengths if packed else self.sequences * self.sequence_lengths.max(1)
 
     def left_out_text(self) -> str:
-        """How many were left out, and why, for people."""
+        """How many were left out, and why, as a phrase."""
         return f"{self.left_out.total()} left out" + f" ({_listed(self.left_out)})" * bool(self.left_out)
 
     def max_token_id(self) -> int:
@@ -143,10 +143,10 @@ def tokenise(
         encoded = iter(templates.encode(kind, [sequence for row in rendered for sequence in row], tokenizer))
         out: dict[str, list] = {name: [] for name in _FEATURES}
         for row, reason in zip(rendered, reasons, strict=True):
-            whole = [next(encoded) for _ in row]
-            sequences = [(ids[:max_length], labels[:max_length]) for ids, labels in whole]
+            full = [next(encoded) for _ in row]
+            sequences = [(ids[:max_length], labels[:max_length]) for ids, labels in full]
             trained = [sum(label != IGNORE for label in labels) for _, labels in sequences]
-            cut = any(len(ids) > max_length for ids, _ in whole)
+            cut = any(len(ids) > max_length for ids, _ in full)
             if cut and overlong == "drop":
                 reason = "more than max_length tokens"
             elif row and min(trained) == 0:
@@ -211,7 +211,7 @@ def _count(reasons: np.ndarray) -> Counter[str]:
 
 
 def describe_example(tokenizer: PreTrainedTokenizerBase, examples: Examples, index: int = 0, most: int = 12) -> str:
-    """An example as the model is trained on it, for people: runs of trained and untrained tokens, ids and text.
+    """An example as the model is trained on it, as text: runs of trained and untrained tokens, ids and text.
 
     Of a longer run the first and last `most` / 2 ids are shown; the text is whole.
     """
@@ -273,12 +273,12 @@ def pack(ids: np.ndarray, lengths: np.ndarray, row_tokens: int) -> list[list[int
 def micro_batches(
     ids: np.ndarray, lengths: np.ndarray, world_size: int, max_tokens: int, max_rows: int = 0, row_tokens: int = 0
 ) -> list[list[list[list[int]]]]:
-    """Deal a step's examples to processes as length-sorted micro-batches: [process][micro-batch][row] -> ids.
+    """Distribute a step's examples over processes as length-sorted micro-batches: [process][micro-batch][row] -> ids.
 
     A row is one example or, with row_tokens, as many as fit into that many tokens. A micro-batch holds at most
     max_tokens tokens, padding included (one longer example stands alone), and at most max_rows rows (0: any number).
-    Every process gets the same number of micro-batches, as a collective needs; where there are fewer examples than
-    places, some are empty.
+    Every process gets the same number of micro-batches, as a collective needs; where there are fewer examples
+    than that, some are empty.
     """
     rows = pack(ids, lengths, row_tokens) if row_tokens else [[i] for i in ids.tolist()]
     length = lambda row: int(lengths[row].sum())  # noqa: E731
@@ -291,7 +291,7 @@ def micro_batches(
             current.append(row)
         else:
             batches.append([row])
-    # Split the batches with the most work until they can be dealt evenly: halves cost less than an idle process.
+    # Split the batches with the most work until every process gets as many: halves cost less than an idle process.
     while len(batches) % world_size:
         at = max(range(len(batches)), key=lambda b: tokens(batches[b]) if sum(map(len, batches[b])) > 1 else 0)
         batches[at : at + 1] = _halves(batches[at]) if sum(map(len, batches[at])) > 1 else [batches[at], []]
@@ -312,8 +312,8 @@ def collate(
     """A micro-batch for a model with losses.attach_loss; no rows: one row of two untrained tokens.
 
     There is no attention mask: under causal attention no token sees the padding to its right. Where rows are packed,
-    position_ids begin anew with every sequence, from which transformers knows what may see what; checks.py looks
-    whether that works.
+    position_ids restart at 0 for every sequence. transformers derives from them which tokens may attend to which;
+    checks.py tests that it does.
 
     Returns:
         input_ids (rows, length) int64, padded on the right; positions (n,) int64, where in the flattened input_ids the

@@ -14,9 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from common.hub import load_weights
 from evaluation import generation
 from evaluation.generation import Decoding
 from scripts.bench import measure as bench
@@ -53,7 +54,7 @@ def make_model(folder: Path, shape: str, seed: int = 0) -> None:
 
 def choose_end(folder: Path, prompts: list[str], most: int, dtype: torch.dtype, batch_size: int) -> None:
     """Make that token the end of sequence which ends about two thirds of the answers, at many places."""
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(bench.device()).eval()
+    network = load_weights(str(folder), dtype=dtype).to(bench.device()).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = generation.Model(network, tokenizer, frozenset(), 1, 2048)
     ids = sorted(tokenizer(prompts)["input_ids"], key=len, reverse=True)[: 4 * batch_size]
@@ -86,7 +87,7 @@ def main() -> None:
         make_model(folder, args.shape)
         choose_end(folder, prompts, args.max_new_tokens, dtype, args.batch_size)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(bench.device()).eval()
+        network = load_weights(str(folder), dtype=dtype).to(bench.device()).eval()
         theirs = HFLM(network, tokenizer=tokenizer, batch_size=args.batch_size, max_length=2048)
     model = generation.Model(network, tokenizer, frozenset({tokenizer.eos_token_id}), 1, 2048)
     answers: dict[str, list[str]] = {}

@@ -28,8 +28,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from common.hub import load_weights
 from scripts.bench import measure as bench
 from scripts.bench.packing import KINDS
 
@@ -113,9 +114,7 @@ def theirs(args: argparse.Namespace, folder: Path, batch_size: int, packing: boo
         gradient_checkpointing=args.gradient_checkpointing, packing=packing, logging_steps=1, max_grad_norm=1.0,
         **({} if packing else {"train_sampling_strategy": "group_by_length"}),
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, attn_implementation=args.attention
-    )
+    model = load_weights(str(folder / "model"), dtype=torch.float32, attention=args.attention)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     trl.SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]).train()
     return np.diff(ends).tolist()
