@@ -105,7 +105,7 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     texts = {run.name: render_prompts(run, tokenizer) for run in runs}
     prompts = {name: encode(tokenizer, rendered) for name, rendered in texts.items()}
-    described = {run.name: settings.describe(config, run, prompts[run.name]) for run in runs}
+    described = {run.name: settings.describe(config, run, prompts[run.name], tokenizer) for run in runs}
     done = settings.record(folder, described, config.overwrite, accelerator)
     model = None
     for run in runs:
@@ -137,7 +137,8 @@ def respond(model: generation.Model, run: TaskRun, block: list[Request], config:
         values = generation.logprobs(model, [Scored(r.ids, r.start, r.choices) for r in block])
         responses = [{"logprobs": value} for value in values]
     else:
-        decoding = Decoding(task.max_new_tokens, run.format.stop, task.temperature, task.top_p)
+        ends = tuple(run.turn_ends(model.tokenizer))
+        decoding = Decoding(task.max_new_tokens, run.format.stop, task.temperature, task.top_p, ends)
         seeds = [f"{config.seed} {task.name} {r.item} {r.part}" for r in block]
         responses = generation.generate(model, [r.ids for r in block], decoding, seeds, config.batch_size)
     return [{"id": r.item, "part": r.part, **response} for r, response in zip(block, responses, strict=True)]

@@ -308,7 +308,12 @@ class EvalConfig:
     batch_size: int = key(
         64, "prompts generated at a time; processes share, and a resumed run keeps, blocks of 4 batches"
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "dtype of the weights; on a CPU use float32")
+    kv_cache_gib: float = key(
+        32.0, "GiB of keys and values at most: where batch_size prompts could need more, fewer are generated at a time"
+    )
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = key(
+        "bfloat16", "dtype of the weights; on a CPU use float32"
+    )
     workers: int = key(0, "processes that judge answers at the same time; 0: one per physical core")
     allow_unsafe_code: bool = key(False, "run the model's programs although no sandbox works on this machine")
     score_only: bool = key(False, "score the completions that are in output_dir again, without a model")
@@ -321,6 +326,8 @@ class EvalConfig:
         for name, least in (("batch_size", 1), ("limit", 0), ("seed", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.kv_cache_gib <= 0:
+            raise UserError(f"kv_cache_gib must be above 0, got {self.kv_cache_gib}")
         if self.score_only:  # what only matters when something is generated
             for name in ("model", "tokenizer", "limit", "published_subset", "languages", "seed", "overwrite"):
                 if getattr(self, name):

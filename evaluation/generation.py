@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoConfig, DynamicCache, PreTrainedTokenizerBase
 
+from common.compatibility import refuse_unscorable
 from common.config import EvalConfig, UserError
-from common.hub import from_pretrained
+from common.hub import from_pretrained, load_weights
 
 STOP_INTERVAL, LONGEST_STOP = 8, 16  # tokens between looks for stop strings; tokens of a stop string at most
 
@@ -24,6 +25,7 @@ class Decoding:
     stop: tuple[str, ...] = ()
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
+    turn_ends: tuple[int, ...] = ()  # tokens that end a completion beside the model's own
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Model:
     ends: frozenset[int]  # tokens that end a completion
     pad: int
     context: float  # tokens that fit, or infinity
+    cached_tokens: float = math.inf  # tokens whose keys and values may exist at once, padding included
 
 
 def load_for_generation(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Model:
@@ -44,22 +47,25 @@ def load_for_generation(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, 
         UserError: it cannot be loaded, has no end-of-sequence token, does not belong to the tokenizer, or keeps another
             state than keys and values.
     """
-    architecture = from_pretrained(AutoConfig, config.model, "model").get_text_config()
-    if max(tokenizer.get_vocab().values()) >= architecture.vocab_size:
-        raise UserError(
-            f"the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, the model's embedding "
-            f"{architecture.vocab_size} rows: they do not belong together"
-        )
-    model = from_pretrained(AutoModelForCausalLM, config.model, "model", dtype=getattr(torch, config.dtype))
-    if getattr(model, "_is_stateful", False):
-        raise UserError(f"model {config.model}: a recurrent state is not supported, only keys and values")
-    own = model.generation_config.eos_token_id  # some models end with several tokens
+    architecture = from_pretrained(AutoConfig, config.model, "model")
+    refuse_unscorable(config.model, architecture, tokenizer)
+    network = load_weights(config.model, dtype=getattr(torch, config.dtype)).to(device).eval()
+    own = network.generation_config.eos_token_id  # some models end with several tokens
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if not ends:
         raise UserError(f"model {config.model}: neither it nor its tokenizer names an end-of-sequence token")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    context = getattr(architecture, "max_position_embeddings", None) or math.inf
-    return Model(model.to(device).eval(), tokenizer, frozenset(ends), pad, context)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    context = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
+    cached_tokens = config.kv_cache_gib * 2**30 // bytes_per_token(network)
+    return Model(network, tokenizer, frozenset(ends), padding, context, cached_tokens)
+
+
+@torch.inference_mode()
+def bytes_per_token(network: torch.nn.Module) -> int:
+    """Bytes of the keys and values of one token, in all layers."""
+    cache = DynamicCache()
+    network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=network.device), past_key_values=cache, use_cache=True)
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +76,7 @@ def load_for_generation(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, 
 def generate(
     model: Model, prompts: list[list[int]], decoding: Decoding, seeds: list[str], batch_size: int
 ) -> list[dict[str, Any]]:
-    """Completions of prompts, `batch_size` at a time. A sampled one depends on its seed, not on the others.
+    """Completions of prompts, at most `batch_size` at a time. A sampled one depends on its seed, not on the others.
 
     Args:
         prompts: token ids, best of falling length.
@@ -84,7 +90,7 @@ def generate(
     return [
         {"completion": "", "tokens": 0, "finish": "too_long"}
         if new is None
-        else decode_completion(model, p, new, decoding.stop)
+        else decode_completion(model, p, new, decoding)
         for p, new in zip(prompts, rows, strict=True)
     ]
 
@@ -107,14 +113,18 @@ def continue_rows(
 
     A row that has ended leaves the batch; when a quarter of the places is free, waiting prompts take them. None: the
     prompt leaves no room in the context.
+
+    The batch has `batch_size` rows, or as many as have room in model.cached_tokens if all of them become as long as the
+    longest can: what else is in memory must not decide it, since rounding may differ between batches.
     """
+    ends = model.ends.union(decoding.turn_ends)
     most = [min(decoding.max_new_tokens, model.context - len(p)) for p in prompts]
     new: list[list[int] | None] = [[] if room > 0 else None for room in most]
     generators = [torch.Generator().manual_seed(_hash(s)) for s in seeds] if decoding.temperature else []
 
     def is_unfinished(r: int) -> bool:
         due = decoding.stop and len(new[r]) % STOP_INTERVAL == 0
-        ended = new[r][-1] in model.ends or len(new[r]) >= most[r]
+        ended = new[r][-1] in ends or len(new[r]) >= most[r]
         return not ended and not (due and _has_stopped(model, new[r], decoding))
 
     def step(batch: Batch) -> None:
@@ -137,6 +147,8 @@ def continue_rows(
             keep_rows(batch, keep)
 
     waiting = [r for r, row in enumerate(new) if row is not None]
+    longest = max((len(prompts[r]) + most[r] for r in waiting), default=1)
+    batch_size = int(max(1, min(batch_size, model.cached_tokens // longest)))
     running = None
     while waiting or running:
         free = batch_size - len(running.rows) if running else batch_size
@@ -201,14 +213,19 @@ def _has_stopped(model: Model, new: list[int], decoding: Decoding) -> bool:
     return any(s in tail for s in decoding.stop)
 
 
-def decode_completion(model: Model, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> dict[str, Any]:
-    """Cut generated ids at the end of sequence, decode them after their prompt, cut the text at a stop string."""
-    end = next((i for i, t in enumerate(new) if t in model.ends), None)
+def decode_completion(model: Model, prompt: list[int], new: list[int], decoding: Decoding) -> dict[str, Any]:
+    """Cut generated ids at the end of sequence, decode them after their prompt, cut the text at a stop string.
+
+    Special tokens that end nothing stay visible: a stop string may be one, and an answer with another is not the same
+    without it.
+    """
+    ends = model.ends.union(decoding.turn_ends)
+    end = next((i for i, t in enumerate(new) if t in ends), None)
     ids = new[:end]
     # Decoded together with the prompt: some tokenizers drop the space that a text begins with.
-    before, both = (model.tokenizer.decode(i, skip_special_tokens=True) for i in (prompt, prompt + ids))
-    text = both[len(before) :] if both.startswith(before) else model.tokenizer.decode(ids, skip_special_tokens=True)
-    cut = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
+    before, both = (model.tokenizer.decode(i) for i in (prompt, prompt + ids))
+    text = both[len(before) :] if both.startswith(before) else model.tokenizer.decode(ids)
+    cut = min((at for s in decoding.stop if (at := text.find(s)) >= 0), default=None)
     why = "stop" if cut is not None else "eos" if end is not None else "length"
     return {"completion": text[:cut], "tokens": len(ids), "finish": why}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from common import model_card, run_folder
 from common.config import EvalConfig, UserError
@@ -16,7 +17,9 @@ from evaluation.task_run import TaskRun
 SETTINGS = "settings.json"
 
 
-def describe(config: EvalConfig, run: TaskRun, prompts: list[list[int]]) -> dict[str, Any]:
+def describe(
+    config: EvalConfig, run: TaskRun, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """What the answers of a run depend on."""
     task = run.task
     files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
@@ -34,12 +37,14 @@ def describe(config: EvalConfig, run: TaskRun, prompts: list[list[int]]) -> dict
         "n": len(run.items),
         "limit": config.limit,
         "published_subset": config.published_subset,
+        "turn_end": " ".join(tokenizer.convert_ids_to_tokens(run.turn_ends(tokenizer))),
         "model": config.model,
         "model_files": digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]),
         "tokenizer": config.tokenizer,
         "engine": f"transformers, {how}",
         "dtype": config.dtype,
         "batch_size": config.batch_size,
+        "kv_cache_gib": config.kv_cache_gib,
         "max_new_tokens": task.max_new_tokens,
         "samples": task.samples,
         "temperature": task.temperature,

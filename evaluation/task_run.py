@@ -1,9 +1,13 @@
 """The tasks of one call of eval.py: which they are, in which format, on which items."""
 
+import json
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
 
 import tasks
 from common.config import EvalConfig, UserError, nearest
+from common.templates import turn_end_ids
 from tasks.source import Source
 from tasks.task import Format, Task
 
@@ -29,11 +33,15 @@ class TaskRun:
     def format(self) -> Format:
         return self.task.formats[self.format_name]
 
+    def turn_ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens that end an answer beside the model's own: what the chat template puts behind a turn."""
+        return turn_end_ids(tokenizer) if self.format_name == "chat" else []
+
     def load_items(self, limit: int) -> None:
         """Read the items from a file, a folder or the Hub; `limit` takes the first ones, 0 all.
 
         Raises:
-            UserError: they are missing or damaged.
+            UserError: they are missing or damaged, or hold what is no text.
         """
         try:
             items = self.task.load(self.source)
@@ -41,6 +49,14 @@ class TaskRun:
             raise UserError(f"task {self.task.name}: {e}") from None
         if self.source.file:  # `load` has not asked for it
             raise UserError(f"task {self.task.name} is made of several files: give a folder of them, --data_dir")
+        for i, item in enumerate(items, 1):
+            try:
+                json.dumps(item, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError as e:
+                raise UserError(
+                    f"task {self.task.name}: {self.source.read[0]}, item {i}: {e.object[e.start]!r} is half a "
+                    "surrogate pair and no text: mend or delete the item"
+                ) from None
         versions = self.task.versions
         self.version = versions.get(len(items), "another version, or part of it" if versions else "")
         if 0 < limit < len(items):

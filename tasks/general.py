@@ -4,8 +4,6 @@ The protocol is that of allenai/open-instruct at ea3467d (June 2024), with its q
 same protocol, is in math.py.
 """
 
-import csv
-import gzip
 import json
 import math
 import random
@@ -17,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.config import UserError, nearest
 from tasks.metrics import per_item
-from tasks.source import Source
+from tasks.source import Source, read_json, read_text
 from tasks.task import Answer, Chat, Format, Options, Task, render
 
 HERE = Path(__file__).parent
@@ -33,7 +31,7 @@ MMLU_TOKENS = 2048  # a longer prompt loses its last example
 def load_mmlu(shots: int) -> Callable[[Source], list[dict]]:
     def load(source: Source) -> list[dict]:
         """The test questions, each with its subject's examples from the dev split, in the order of the file."""
-        columns = ("question", "subject", "choices", "answer")
+        columns = {"question": str, "subject": str, "choices": list, "answer": int}
         items = source.rows("mmlu/test.jsonl.gz", ("cais/mmlu", "all", "test"), columns)
         examples: dict[str, list[dict]] = {}
         if shots:
@@ -49,7 +47,8 @@ def load_mmlu(shots: int) -> Callable[[Source], list[dict]]:
 
 
 def _check_mmlu(item: dict) -> None:
-    if len(item["choices"]) != 4 or item["answer"] not in (0, 1, 2, 3):
+    texts = [choice for choice in item["choices"] if isinstance(choice, str)]
+    if len(texts) != 4 or len(item["choices"]) != 4 or item["answer"] not in range(4):
         raise ValueError(f"expected 4 choices and an answer in 0..3, got {item['choices']}, {item['answer']!r}")
 
 
@@ -127,9 +126,10 @@ def load_bbh(source: Source) -> list[dict]:
     """
     sampler, items = random.Random(42), []
     for task in BBH_TASKS:
-        prompt = source.local(f"bbh/cot-prompts/{task}.txt", f"{BBH_ORIGIN}, cot-prompts/").read_text(encoding="utf-8")
+        prompt = read_text(source.local(f"bbh/cot-prompts/{task}.txt", f"{BBH_ORIGIN}, cot-prompts/"))
         prompt = "".join(prompt.splitlines(keepends=True)[2:])  # after the canary and a rule
-        rows = source.json(f"bbh/bbh/{task}.json", ("SaylorTwift/bbh", task, "test"), "examples", ("input", "target"))
+        columns = {"input": str, "target": str}
+        rows = source.json(f"bbh/bbh/{task}.json", ("SaylorTwift/bbh", task, "test"), "examples", columns)
         rows = sampler.sample(rows, 40) if source.published else rows
         items += [{"task": task, "input": r["input"], "target": r["target"], "_examples": prompt} for r in rows]
     return items
@@ -244,6 +244,8 @@ def squad_rows(source: Source, part: str, split: str, languages: Iterable[str]) 
     def add(row: dict, context: str, answers: list[str]) -> None:
         language = row["id"].split("-")[0]
         kept = {"id": row["id"], "language": language, "context": context, "question": row["question"]}
+        if not answers or not all(isinstance(text, str) for text in (context, row["question"], *answers)):
+            raise ValueError(f"{row['id']} has no answer, or what is no text")
         found[language].append(kept | {"answers": answers})
 
     if not source.folder:
@@ -253,11 +255,13 @@ def squad_rows(source: Source, part: str, split: str, languages: Iterable[str]) 
     for language in languages:
         origin = f"{TYDIQA_HUB}, secondary_task, {split}; without it: --languages of those that are there"
         path = source.local(f"tydiqa_goldp/{language}_{part}.json.gz", origin)
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            articles = json.load(f)["data"]
-        for paragraph in (p for article in articles for p in article["paragraphs"]):
-            for qa in paragraph["qas"]:
-                add(qa, paragraph["context"], [answer["text"] for answer in qa["answers"]])
+        content = read_json(path)
+        try:
+            for paragraph in (p for article in content["data"] for p in article["paragraphs"]):
+                for qa in paragraph["qas"]:
+                    add(qa, paragraph["context"], [answer["text"] for answer in qa["answers"]])
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise UserError(f"{path}: expected the layout of SQuAD's files: {e!r}") from None
     return found
 
 
@@ -319,15 +323,14 @@ def load_truthfulqa(source: Source) -> list[dict]:
     hub = ("truthfulqa/truthful_qa", "generation", "validation")
     if source.folder or source.file:
         origin = "github.com/sylinrl/TruthfulQA, data/v1/TruthfulQA.csv"
-        path = source.local("truthfulqa/TruthfulQA_v1.csv", origin, items=True)
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = [
-                {"question": row["Question"], "best": row["Best Answer"], "correct": row["Correct Answers"].split(";")}
-                | {"incorrect": row["Incorrect Answers"].split(";")}
-                for row in csv.DictReader(f)
-            ]
+        columns = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
+        rows = [
+            {"question": row["Question"], "best": row["Best Answer"], "correct": row["Correct Answers"].split(";")}
+            | {"incorrect": row["Incorrect Answers"].split(";")}
+            for row in source.csv("truthfulqa/TruthfulQA_v1.csv", origin, columns)
+        ]
     else:
-        columns = ("question", "best_answer", "correct_answers", "incorrect_answers")
+        columns = {"question": str, "best_answer": str, "correct_answers": list, "incorrect_answers": list}
         rows = [
             {"question": r["question"], "best": r["best_answer"], "correct": r["correct_answers"]}
             | {"incorrect": r["incorrect_answers"]}
@@ -342,8 +345,10 @@ def _closed(row: dict) -> dict:
     def close(answers: list[str]) -> list[str]:
         return [a.strip().removesuffix(".") + "." for a in answers if a.strip()]
 
-    (best,) = close([row["best"]])
-    return {"question": row["question"], "best": best} | {k: close(row[k]) for k in ("correct", "incorrect")}
+    best = close([row["best"]])
+    return {"question": row["question"], "best": best[0] if best else ""} | {
+        k: close(row[k]) for k in ("correct", "incorrect")
+    }
 
 
 def _check_truthfulqa(item: dict) -> None:

@@ -82,7 +82,7 @@ def gsm8k_gold(item: dict) -> int:
 
 
 def load_gsm8k(source: Source) -> list[dict]:
-    items = source.rows("gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), ("question", "answer"))
+    items = source.rows("gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), {"question": str, "answer": str})
     return source.checked(items, gsm8k_gold)
 
 
@@ -182,7 +182,7 @@ def math_gold(item: dict) -> str:
 
 def load_math(source: Source) -> list[dict]:
     """The 5,000 test problems: one local file, or seven configurations of the Hub."""
-    columns, hub = ("problem", "level", "type", "solution"), "EleutherAI/hendrycks_math"
+    columns, hub = dict.fromkeys(("problem", "level", "type", "solution"), str), "EleutherAI/hendrycks_math"
     if source.folder or source.file:
         items = source.rows("math/test.jsonl.gz", (hub, None, "test"), columns)
     else:

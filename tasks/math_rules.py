@@ -153,13 +153,11 @@ def open_instruct_number(completion: str) -> tuple[str | None, str]:
 
 
 def math_verify(completion: str, gold: str) -> dict:
-    """math-verify's verdict on the answer behind MetaMath's phrase as a formula, or, without it, on the completion."""
+    """math-verify's verdict on the completion: it looks for an answer in it by its own rules."""
     import math_verify as library
 
-    answer = metamath_answer(completion)
-    said = completion if answer is None else f"${answer.strip('$')}$"
     # No timeouts of its own: they work in a main thread alone, and do not end all that can hang.
-    parsed = library.parse(said, parsing_timeout=None)
+    parsed = library.parse(completion, parsing_timeout=None)
     wanted = library.parse(f"${gold}$", parsing_timeout=None)
     return {"correct": bool(parsed) and library.verify(wanted, parsed, timeout_seconds=None)}
 

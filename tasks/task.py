@@ -7,6 +7,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from common.config import UserError
+from common.templates import apply_chat_template
 from tasks.source import Source
 
 
@@ -87,7 +88,7 @@ def render(prompt: "str | Chat", format: str, tokenizer: PreTrainedTokenizerBase
     A Chat is wrapped as the format says: `tulu`, or `chat`, the tokenizer's own template.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or one that does not parse or refuses the conversation.
     """
     if isinstance(prompt, str):
         return prompt
@@ -97,11 +98,13 @@ def render(prompt: "str | Chat", format: str, tokenizer: PreTrainedTokenizerBase
         raise UserError(f"prompt_format {format}: the tokenizer {tokenizer.name_or_path} has no chat template")
     messages = [{"role": "user", "content": prompt.user}]
     if not prompt.prefix:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = apply_chat_template(tokenizer, messages, to_be_answered=True)
     else:  # the answer's beginning, cut where it goes on: templates strip and close what they are given
         marker = "<<goes on>>"
         messages.append({"role": "assistant", "content": prompt.prefix + marker})
-        text = tokenizer.apply_chat_template(messages, tokenize=False).partition(marker)[0]
+        text, found, _ = apply_chat_template(tokenizer, messages, to_be_answered=False).partition(marker)
+        if not found:
+            raise UserError(f"prompt_format {format}: the tokenizer's chat template leaves out what an answer says")
     return text.removeprefix(tokenizer.bos_token or "")
 
 

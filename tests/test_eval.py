@@ -26,7 +26,7 @@ def items_file(folder, n=7):
 
 def args(tmp_path, model_dir, *more, out="eval"):
     return [
-        "--model", str(model_dir), "--tasks", f"gsm8k={tmp_path / 'items.jsonl'}", "--dtype", "float32",
+        "--model", str(model_dir), "--tasks", f"gsm8k={tmp_path / 'items.jsonl'}", "--dtype", "float64",
         "--batch_size", "3", "--output_dir", str(tmp_path / out), *more,
     ]  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_di
     """Left padding, sorting and batching against one prompt at a time and one argmax at a time."""
     items_file(tmp_path)
     scores = evaluation.main(args(tmp_path, model_dir))
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     lines = stored(tmp_path / "eval")
     assert [line["id"] for line in lines] == list(range(7))
@@ -61,7 +61,7 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_di
             if ids[-1] == 1:
                 break
         new = ids[len(line["prompt_ids"]) :]
-        assert line["completions"] == [tokenizer.decode(new, skip_special_tokens=True)]
+        assert line["completions"] == [tokenizer.decode(new[:-1] if new[-1] == 1 else new)]
         assert line["finish"] == ["eos" if new[-1] == 1 else "length"]
     entry = scores["gsm8k.metamath"]
     assert entry["n"] == 7 and entry["cut_at_length"] == sum(line["finish"] == ["length"] for line in lines)
@@ -71,8 +71,8 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_di
 class Scripted:
     """A tokenizer whose ids are characters, for `decode_completion`."""
 
-    def decode(self, ids, skip_special_tokens):
-        return "".join(chr(i) for i in ids if i)
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,9 @@ class Scripted:
 )
 def test_decode_completion(new, completion, tokens, why):
     scripted = generation.Model(None, Scripted(), frozenset({0}), 0, 512)
-    got = generation.decode_completion(scripted, [65, 66], [ord(c) for c in new], METAMATH_STOP)
+    got = generation.decode_completion(
+        scripted, [65, 66], [ord(c) for c in new], generation.Decoding(99, METAMATH_STOP)
+    )
     assert got == {"completion": completion, "tokens": tokens, "finish": why}
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 from collections import Counter
 
 import datasets
@@ -256,6 +257,55 @@ def test_what_is_missing_is_named_with_its_origin(folder, tmp_path):
             load(name, tmp_path)
     with pytest.raises(UserError, match="TyDiQA's training part has 14805 questions in arabic, got 3"):
         load("tydiqa", folder)
+
+
+def other(folder, tmp_path, name, content):
+    """A copy of the folder with another file in it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    (copy / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return copy
+
+
+HEADER = b"Question,Best Answer,Correct Answers,Incorrect Answers\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "content", "message"),
+    [
+        ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", b'[{"question": "q"}]', "expected a CSV file .* no 'Question'"),
+        ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", b"\x80\x81", "no text in UTF-8"),
+        ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER, "no rows"),
+        ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER + b"q,a\n", "item 1: column 'Correct Answers' is null"),
+        ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER + b"q,,a,b\n", "the best answer must be one of the"),
+        ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER + b'"' + b"x" * 200_000, "no CSV file"),
+        ("bbh", "bbh/bbh/snarks.json", b'{"rows": []}', r"expected \{'examples': \[...\]\} with input, target"),
+        ("bbh", "bbh/bbh/snarks.json", b"Question,Answer", "snarks.json: no JSON file"),
+        ("bbh", "bbh/bbh/snarks.json", b'{"examples": [{"input": 1, "target": "a"}]}', "'input' must be text"),
+        ("bbh", "bbh/cot-prompts/snarks.txt", b"\xff\xfe", "snarks.txt: no text in UTF-8"),
+        ("tydiqa", "tydiqa_goldp/korean_dev.json.gz", b'{"rows": []}', "korean_dev.json.gz: expected the layout of SQ"),
+        ("tydiqa", "tydiqa_goldp/korean_dev.json.gz", b"[]", "expected the layout of SQuAD's files"),
+        ("mmlu", "mmlu/test.jsonl.gz", b'{"question": "q", "answer": "#### 1"}', "item 1: no column 'subject'"),
+        (
+            "mmlu", "mmlu/test.jsonl.gz", b'{"question": "q", "subject": "s", "choices": "abcd", "answer": 1}',
+            "'choices' must be a list, got 'abcd'",
+        ),
+        (
+            "mmlu", "mmlu/test.jsonl.gz", b'{"question": "q", "subject": "s", "choices": [1, 2, 3, 4], "answer": 1}',
+            "expected 4 choices",
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_format_is_one_line(task, file, content, message, folder, tmp_path, few_training_rows):
+    with pytest.raises(UserError, match=message):
+        load(task, other(folder, tmp_path, file, content))
+
+
+def test_a_file_that_is_not_gzipped_is_one_line(folder, tmp_path, few_training_rows):
+    copy = other(folder, tmp_path, "tydiqa_goldp/korean_dev.json.gz", b"")
+    (copy / "tydiqa_goldp/korean_dev.json.gz").write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"korean_dev.json.gz: cannot be read: Not a gzipped file"):
+        load("tydiqa", copy)
 
 
 def test_rows_of_the_hub_are_those_of_local_copies(folder, few_training_rows, monkeypatch):

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import eval as evaluation
+from common.config import EvalConfig
 from evaluation import generation
 from evaluation.generation import Decoding, Scored
 from evaluation.requests import encode, make_requests
@@ -65,7 +66,7 @@ def short(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()  # rounding decides nothing
     return generation.Model(network, tokenizer, frozenset({1}), 2, 512)
 
 
@@ -149,12 +150,93 @@ def test_a_sample_depends_on_its_seed_not_on_its_batch(model):
     assert together == alone and together[:4] != together[4:]
 
 
+def test_keys_and_values_keep_to_their_budget(model, monkeypatch):
+    """Fewer rows at a time where batch_size prompts could need more, and the same answers."""
+    given = prompts(model)
+    free = generation.continue_rows(model, given, Decoding(20), [""] * len(given), 100)
+    shapes = []
+    forward = model.model.forward
+
+    def spy(**kwargs):
+        shapes.append(tuple(kwargs["attention_mask"].shape))
+        return forward(**kwargs)
+
+    monkeypatch.setattr(model.model, "forward", spy)
+    longest = len(given[0]) + 20
+    for budget, rows in ((3 * longest, 3), (3 * longest - 1, 2), (5, 1), (1e9, 4)):
+        shapes.clear()
+        limited = dataclasses.replace(model, cached_tokens=budget)
+        assert generation.continue_rows(limited, given, Decoding(20), [""] * len(given), 4) == free
+        assert max(n for n, _ in shapes) == rows
+        assert all(n * width <= budget for n, width in shapes) or rows == 1
+
+
+def test_the_budget_counts_the_bytes_of_all_layers(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for dtype, size in (("float64", 8), ("bfloat16", 2)):
+        config = EvalConfig(["gsm8k"], "o", str(folder), dtype=dtype, kv_cache_gib=0.25)
+        ready = generation.load_for_generation(config, tokenizer, torch.device("cpu"))
+        per_token = 2 * 2 * 2 * (32 // 4) * size  # layers, keys and values, heads of them, their size
+        assert generation.bytes_per_token(ready.model) == per_token
+        assert ready.cached_tokens == 2**28 // per_token
+
+
+def test_a_special_token_ends_an_answer_or_is_seen(model):
+    tokenizer = model.tokenizer
+    prompt, code, junk = (
+        [0, *tokenizer(t, add_special_tokens=False)["input_ids"]] for t in ("p", "return 1", "junk =")
+    )
+    new = [*code[1:], 2, *junk[1:], 1]  # <pad>, and <eos> at the end
+
+    def decoded(new, *args):
+        got = generation.decode_completion(model, prompt, new, Decoding(99, *args))
+        return got["completion"], got["finish"]
+
+    assert decoded(new) == ("return 1<pad>junk =", "eos")
+    assert decoded(new, ("<pad>",)) == ("return 1", "stop")
+    assert decoded(new, (), 0.0, 1.0, (2,)) == ("return 1", "eos")
+    assert decoded(new[:-1]) == ("return 1<pad>junk =", "length")
+
+
+def test_the_token_that_ends_a_turn_ends_the_answer(model):
+    """Beside the model's own end, which a model that was trained on turns never says."""
+    given = prompts(model, 4)
+    alone = [one_at_a_time(model, p, 30) for p in given]
+    ends = (alone[0][4], alone[1][9])
+    cut = [one_at_a_time(dataclasses.replace(model, ends=model.ends.union(ends)), p, 30) for p in given]
+    assert cut != alone
+    got = generation.continue_rows(model, given, Decoding(30, turn_ends=ends), [""] * 4, 3)
+    assert got == cut
+
+
+TURNS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<pad>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_eval_asks_for_the_end_of_a_turn_where_the_prompt_is_one(folder, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    (path / "chat_template.jinja").write_text(TURNS)
+    seen = []
+    generate = generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *a: seen.append(a[2].turn_ends) or generate(*a))
+    formats = {"alpaca": SAMPLED.formats["alpaca"], "chat": Format(lambda item, _: Chat(item["question"]))}
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(SAMPLED, formats=formats))
+    items_file(tmp_path, 1)
+    for name, ends, word in (("chat", (2,), "<pad>"), ("alpaca", (), "")):
+        out = tmp_path / name
+        entry = evaluation.main([*words(tmp_path, path, name), "--prompt_format", name])
+        assert seen.pop() == ends and [e["turn_end"] for e in entry.values()] == [word], out
+
+
 @torch.no_grad()
 def test_learned_positions_count_from_each_rows_first_token():
     """GPT-2's positions are learned: padding must not shift them, in completions and in log-probabilities."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4)
-    model = generation.Model(GPT2LMHeadModel(config).eval(), None, frozenset({1, 7}), 2, 64)
+    model = generation.Model(GPT2LMHeadModel(config).double().eval(), None, frozenset({1, 7}), 2, 64)
     given = [[3 + (5 * i + j) % 40 for j in range(12 - 2 * i)] for i in range(5)]
     alone = [one_at_a_time(model, p, 20) for p in given]
     assert generation.continue_rows(model, given, Decoding(20), [""] * 5, 2) == alone
@@ -264,9 +346,15 @@ def items_file(path, n=23):
 
 def words(path, folder, out):
     return [
-        "--model", str(folder), "--tasks", f"gsm8k={path / 'items.jsonl'}", "--dtype", "float32", "--batch_size", "2",
+        "--model", str(folder), "--tasks", f"gsm8k={path / 'items.jsonl'}", "--dtype", "float64", "--batch_size", "2",
         "--output_dir", str(path / out),
     ]  # fmt: skip
+
+
+def test_a_chat_prompt_of_today_is_the_same_tomorrow(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    assert render(Chat("hello"), "chat", tokenizer) == "26 Jul 2024 hello"
 
 
 def test_several_samples_of_an_item_are_in_one_line(folder, tmp_path, monkeypatch):

@@ -228,7 +228,12 @@ def test_8_shot_prompt_to_the_letter():
         (r"The answer is: \frac{2}{4}", r"\frac{1}{2}", True),
         ("The answer is: 0.5", r"\frac{1}{2}", True),
         ("The answer is: $(1,2)$", "(1,2)", True),
-        ("The answer is: x^2+2x+1", "(x+1)^2", True),
+        ("The answer is: $x^2+2x+1$", "(x+1)^2", True),
+        ("The answer is: 42 dollars", "42", True),
+        ("I am 42 years old.", "42", True),
+        ("The answer is: about 42", "42", True),
+        ("The answer is: $42 per week", "42", True),
+        ("The answer is: (1,2)", "(1,2)", False),  # no formula for the library without $ or a box
         ("So it is $\\boxed{7}$.", "7", True),  # without MetaMath's phrase: what math-verify finds itself
         ("So the answer is 6.", "6", True),
         ("The answer is: 1,450,000", "1450000", True),  # where MetaMath's rule has a quirk
@@ -256,9 +261,14 @@ ALL = {"timeouts": 0, "crashes": 0}
 
 
 def check_gold(name, items, gold, before, wrong):
+    """`before` holds BOXED where the library needs to see a formula."""
     task = TASKS[name]
-    got = verdicts(task, items, [before + str(gold(i)) for i in items])
-    bad = verdicts(task, items, [before + wrong(gold(i)) for i in items])
+
+    def completions(answer):
+        return [before.replace("BOXED", rf"\boxed{{{answer(i)}}}") + answer(i) for i in items]
+
+    got = verdicts(task, items, completions(lambda i: str(gold(i))))
+    bad = verdicts(task, items, completions(lambda i: wrong(gold(i))))
     return got, bad
 
 
@@ -271,7 +281,7 @@ def test_gold_answers_of_own_items():
     items = [
         {"problem": "p", "solution": rf"\boxed{{{s}}}"} for s in (r"\frac{1}{2}", "x^2+1", r"(1,\infty)", r"-\sqrt{3}")
     ]
-    got, bad = check_gold("hendrycks_math", items, math_gold, "The answer is: ", lambda g: g + "+1")
+    got, bad = check_gold("hendrycks_math", items, math_gold, "So BOXED. The answer is: ", lambda g: g + "+1")
     assert totals(got) == {"correct": 4, "math_verify": 4, **ALL}
     assert totals(bad) == {"correct": 0, "math_verify": 0, **ALL}
 
@@ -310,7 +320,7 @@ def test_real_gold_answers_of_math_under_the_papers_rule():
 
 def check_math(step):
     items = TASKS["hendrycks_math"].load(Source(str(DATA)))[::step]
-    got, bad = check_gold("hendrycks_math", items, math_gold, "Thus. The answer is: ", lambda g: "123457")
+    got, bad = check_gold("hendrycks_math", items, math_gold, "So BOXED. The answer is: ", lambda g: "123457")
     assert [v["gold"] for v in got if not (v["correct"] and v["math_verify"])] in ([EXCEPTION], [])
     assert totals(got)["timeouts"] == totals(got)["crashes"] == 0 and totals(bad)["math_verify"] == 0
     return totals(got)["math_verify"]
@@ -424,7 +434,7 @@ def test_a_timeout_is_a_wrong_answer_and_is_counted(monkeypatch):
     call_all = workers.call_all
     monkeypatch.setattr(workers, "call_all", lambda *a: call_all(*a, seconds=0.5))
     (got,) = verdicts(
-        TASKS["hendrycks_math"], [{"problem": "p", "solution": r"\boxed{3}"}], ["The answer is: 9^{9^{9^{9}}}"]
+        TASKS["hendrycks_math"], [{"problem": "p", "solution": r"\boxed{3}"}], ["The answer is: $9^{9^{9^{9}}}$"]
     )
-    assert got["correct"] is got["math_verify"] is False and got["extracted"] == "9^{9^{9^{9}}}"
+    assert got["correct"] is got["math_verify"] is False and got["extracted"] == "$9^{9^{9^{9}}}$"
     assert got["timeouts"] + got["crashes"] == 1

@@ -101,6 +101,29 @@ def test_runs_that_cannot_be_compared_are_named(runs):
     assert "gsm8k.metamath: tuned differs from base in dtype" in text and "(other items)" in text
 
 
+def test_other_items_of_the_same_number_are_no_pairs(runs):
+    path = runs[1] / "gsm8k.metamath.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[7]["item"] = {"question": "another one"}
+    write_rows(path, lines)
+    cells = table(report.report(report_runs.read_runs(runs)), "Scores")["tuned"]
+    assert cells["gsm8k.metamath correct"] == "45.00 ± 1.00 (other items)"
+    assert cells["bbh.open_instruct correct"].startswith("50.00 ± 1.00 (+25.00 [")
+
+
+def test_a_training_without_scores_is_no_report(tmp_path, runs):
+    """Nothing would be printed of it; its loss can be drawn."""
+    training = tmp_path / "training"
+    training.mkdir()
+    (training / "run.json").write_text(json.dumps({"config": {"rule": "gmt", "model": "m", "seed": 0}}))
+    write_rows(training / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    for folders in ([training], [*runs, training]):
+        with pytest.raises(UserError, match=r"training holds a training and no scores: name the folder that eval.py"):
+            report.main([str(folder) for folder in folders])
+    report.main([str(training), "--figures", str(tmp_path / "figures")])
+    assert list((tmp_path / "figures").glob("*.png"))
+
+
 def test_published_scores_belong_to_tasks_and_metrics():
     for task, metric, _, value, source in PUBLISHED:
         assert metric in TASKS[task].metrics and 0 < value < 100 and source

@@ -1,13 +1,25 @@
 """From answers to scores, and results that cannot be used: pytest tests/test_scores.py"""
 
+import contextlib
 import dataclasses
 import json
 import statistics
 
 import pytest
 from conftest import make_model, write_rows
+from transformers import (
+    AutoTokenizer,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3Config,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MiniMaxConfig,
+)
 
 import eval as evaluation
+from common.compatibility import refuse_unscorable
 from common.config import UserError
 from evaluation import scores
 from tasks import TASKS
@@ -155,12 +167,65 @@ def test_a_chat_format_needs_a_template(words, monkeypatch):
         evaluation.main(words)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('No system role') }}", "refuses the conversation: No system role"),
+        ("{% for m in messages %}{{ m.content }}", "chat template does not parse, line 1"),
+        ("{{ messages[0].content }}", "leaves out what an answer says"),
+    ],
+)
+def test_a_chat_template_that_does_not_work(template, message, words, tmp_path, monkeypatch):
+    formats = {"chat": Format(lambda item, _: Chat(item["question"], "A:"))}
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], formats=formats))
+    model = make_model(tmp_path / "m")
+    (model / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=message):
+        evaluation.main([*words, "--model", str(model)])
+
+
 def test_a_model_with_a_recurrent_state_is_refused(tmp_path, words, monkeypatch):
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "_is_stateful", True)
-    with pytest.raises(UserError, match="a recurrent state is not supported"):
+    with pytest.raises(UserError, match="llama keeps a recurrent state, which is not supported"):
         evaluation.main([*words, "--model", str(make_model(tmp_path / "m"))])
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        (FalconH1Config, True),  # attention and a state space in each layer
+        (lambda: Lfm2Config(layer_types=["conv", "full_attention"] * 16), True),  # short convolutions
+        (MambaConfig, True),
+        (MiniMaxConfig, True),  # linear attention
+        (LlamaConfig, False),
+        (Gemma2Config, False),  # sliding windows
+        (Gemma3Config, False),  # the text part of a multimodal model
+    ],
+)
+def test_what_keeps_another_state_is_refused_without_its_weights(config, refused, model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    with pytest.raises(UserError, match="recurrent state") if refused else contextlib.nullcontext():
+        refuse_unscorable("m", config(), tokenizer)
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused(model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    refuse_unscorable("m", LlamaConfig(vocab_size=259), tokenizer)
+    with pytest.raises(UserError, match="ids up to 258, the model's embedding 258 rows: they do not belong together"):
+        refuse_unscorable("m", LlamaConfig(vocab_size=258), tokenizer)
+
+
+def test_items_that_are_no_text_are_refused(words, tmp_path):
+    rows = [{"question": "1", "answer": "#### 1"}, {"question": "\U0001f600 and \ud83d", "answer": "#### 1"}]
+    write_rows(tmp_path / "items.jsonl", rows)
+    with pytest.raises(UserError, match=r"items.jsonl, item 2: '\\ud83d' is half a surrogate pair and no text"):
+        evaluation.main(words)
+    for value, message in ((None, "'question' is null"), (5, r"'question' must be text, got '5' \(int\)")):
+        write_rows(tmp_path / "items.jsonl", [rows[0], {**rows[0], "question": value}])
+        with pytest.raises(UserError, match=f"task gsm8k: .*items.jsonl, item 2: column {message}"):
+            evaluation.main(words)
 
 
 def test_the_versions_of_the_data_stand_beside_the_scores(words, tmp_path, monkeypatch, capsys):

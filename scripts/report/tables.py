@@ -68,7 +68,7 @@ def compare(first: Path, second: Path, name: str, metric: str) -> str:
     """The difference second - first of two runs on the items of a job, and whether it may be chance."""
     task = TASKS[name.split(".")[0]]
     lines = [read_lines(folder / f"{name}.jsonl") for folder in (first, second)]
-    if [line["id"] for line in lines[0]] != [line["id"] for line in lines[1]]:
+    if [(line["id"], line["item"]) for line in lines[0]] != [(line["id"], line["item"]) for line in lines[1]]:
         return "other items"
     a, b = (np.array([float(line[metric]) for line in run]) for run in lines)
     if not task.macro and set(np.unique([a, b])) <= {0.0, 1.0}:
@@ -241,6 +241,12 @@ def main(argv: list[str] | None = None) -> None:
     if (args.sweep or args.new) and figures is None:
         raise UserError("--sweep and --new draw figures: name a folder for them, --figures DIR")
     runs = read_runs(args.folders)
+    for run in runs:
+        if not run.scores and not figures and not (run.training / MASKS).exists():
+            raise UserError(
+                f"{run.folder} holds a training and no scores: name the folder that eval.py wrote, or a folder for "
+                "the figure of its loss, --figures DIR"
+            )
     if any(run.scores for run in runs):
         text = report(runs)
         print(text)

@@ -1,0 +1,30 @@
+"""What eval.py needs of a model. train.py asks for it first: what could not be scored is not trained."""
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
+
+from common.config import UserError
+
+# Layers whose state is not keys and values alone: transformers' names, old and new.
+RECURRENT_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "recurrent"}
+
+
+def refuse_unscorable(model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where eval.py cannot generate with a model. Needs no weights.
+
+    Args:
+        model: its folder or Hub id, for the message.
+    """
+    text_config = config.get_text_config()
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= text_config.vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {largest}, the model's embedding {text_config.vocab_size} rows: they do not "
+            "belong together"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # none for a model with code of its own
+    layers = set(getattr(text_config, "layer_types", None) or ())
+    if getattr(model_class, "_is_stateful", False) or layers & RECURRENT_LAYERS:
+        raise UserError(
+            f"model {model}: {config.model_type} keeps a recurrent state, which is not supported: only models that "
+            "keep keys and values alone"
+        )
