@@ -29,6 +29,7 @@ machinery below them, and HFT.
 import fnmatch
 import functools
 import itertools
+import os
 import random
 import re
 import zlib
@@ -501,6 +502,11 @@ class Masker:
         matrices, all_reduce = _matrices(grads, self.eligible)
         if check_finite and matrices:
             _raise_if_not_finite(matrices, all_reduce)
+        at_once = self.score == "gradient" and self.refresh_every == 1 and not (stats or jaccard or keep_bits)
+        if at_once and (kernels := _kernels_for(matrices)):
+            units = _units(matrices, all_reduce, self.scope)
+            kernels.mask_(_gradients(units), _thresholds_by(kernels, units, all_reduce, self.keep_ratio))
+            return None, {}
         counts, bits = {}, {}
         masks = self._masks(matrices, all_reduce, step, optimizer)
         for name, chunks in itertools.groupby(masks, key=lambda chunk: chunk[0].name):
@@ -573,7 +579,8 @@ class Masker:
         seeds = {name: _parameter_seed(self.seed, step, name) for name in self.eligible}
         moment_of = _first_moments(optimizer, self.eligible)
         scored = functools.partial(_scored, score=SCORES[self.score], seeds=seeds, moment_of=moment_of)
-        return _select(matrices, all_reduce, scored, self.keep_ratio, self.scope)
+        kernels = _kernels_for(matrices) if self.score == "gradient" else None
+        return _select(matrices, all_reduce, scored, self.keep_ratio, self.scope, kernels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -720,17 +727,34 @@ _MaskedChunk = tuple[_Matrix, Tensor, Tensor]  # (matrix, a chunk of its gradien
 _Scored = Callable[[_Matrix], Iterator[tuple[Tensor, Tensor]]]  # gives (a chunk of the gradient, its scores, flat)
 
 
-def _select(
-    matrices: list[_Matrix], all_reduce: _AllReduce, scored: _Scored, keep_ratio: float, scope: str
-) -> Iterator[_MaskedChunk]:
-    """Choose the entries with the largest scores; yields in the order of `matrices`."""
-    if not matrices:
-        return
+def _units(matrices: list[_Matrix], all_reduce: _AllReduce, scope: str) -> list[list[_Matrix]]:
+    """The matrices that share a threshold."""
     # one histogram, or one collective, for matrices whose keys have different widths would mix up their digits
     if (scope == "model" or all_reduce) and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
         raise ValueError(f"with scope model or shards all gradients must have one dtype, got {dtypes}")
-    units = [matrices] if scope == "model" else [[m] for m in matrices]  # each has one threshold
-    for unit, threshold in _thresholds(units, all_reduce, scored, keep_ratio):
+    return [matrices] if scope == "model" else [[m] for m in matrices]
+
+
+def _select(
+    matrices: list[_Matrix],
+    all_reduce: _AllReduce,
+    scored: _Scored,
+    keep_ratio: float,
+    scope: str,
+    kernels: Any = None,
+) -> Iterator[_MaskedChunk]:
+    """Choose the entries with the largest scores; yields in the order of `matrices`.
+
+    kernels: gmt_triton, where the scores are the gradients and it serves for them; None: count by torch.
+    """
+    if not matrices:
+        return
+    units = _units(matrices, all_reduce, scope)
+    if kernels:
+        thresholds = zip(units, _thresholds_by(kernels, units, all_reduce, keep_ratio), strict=True)
+    else:
+        thresholds = _thresholds(units, all_reduce, scored, keep_ratio)
+    for unit, threshold in thresholds:
         for m in unit:
             for g, scores in scored(m):
                 yield m, g, _is_kept(scores, threshold).view_as(g)
@@ -796,6 +820,36 @@ def _thresholds(
         else:
             found = kth_largest_keys(sources, ks, dtype, head.grad.device, all_reduce)
         yield from zip(bucket, found, strict=True)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The module gmt_triton; None where it is not beside this file, or Triton or a GPU is missing."""
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    try:
+        import gmt_triton
+    except ImportError:
+        return None
+    return gmt_triton
+
+
+def _kernels_for(matrices: list[_Matrix]) -> Any:
+    """gmt_triton if it serves for these gradients, else None: the same on all processes that share them."""
+    kernels = _kernels()
+    return kernels if kernels and kernels.is_usable(m.grad for m in matrices) else None
+
+
+def _gradients(units: list[list[_Matrix]]) -> list[list[Tensor]]:
+    return [[m.grad for m in unit] for unit in units]
+
+
+def _thresholds_by(kernels: Any, units: list[list[_Matrix]], all_reduce: _AllReduce, keep_ratio: float) -> Tensor:
+    """(units,) int64: their thresholds as keys, by gmt_triton."""
+    numbers = [sum(m.numel for m in unit) for unit in units]
+    return kernels.kth_largest_keys(
+        _gradients(units), [keep_count(n, keep_ratio) for n in numbers], numbers, all_reduce
+    )
 
 
 def _low_rank_bits(name: str, p: nn.Parameter, rank: int, keep_ratio: float, seed: int) -> Tensor:

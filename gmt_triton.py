@@ -1,6 +1,7 @@
 """GMT's selection on a GPU: the thresholds and masks of gmt.py in Triton kernels, for all matrices in a few launches.
 
-gmt.py runs without this file. Where it can be imported, is_usable says whether it serves for some gradients, and then
+gmt.py runs without this file. It imports it where there is a GPU; is_usable says whether it serves for the gradients,
+and then
 
     thresholds = gmt_triton.kth_largest_keys(units, ks, numbers, all_reduce)
     gmt_triton.mask_(units, thresholds)  # in place: G becomes M * G
@@ -29,6 +30,8 @@ Only what lies inside the bracket, some hundredths of the entries, adds to a his
 to one address, so there are _COPIES of each histogram.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -49,14 +52,25 @@ Units = list[list[Tensor]]
 
 
 def is_usable(gradients: Iterable[Tensor]) -> bool:
-    """Whether the kernels serve for these tensors: bf16, fp16 or fp32, all on one GPU, some entries among them."""
+    """Whether the kernels serve for these tensors: bf16, fp16 or fp32, all on one GPU where a kernel can be run."""
     gradients = list(gradients)
     devices = {g.device for g in gradients}
-    return (
-        len(devices) == 1
-        and (devices.pop().type == "cuda" or _INTERPRETED)
-        and all(g.dtype in _KEY_BITS for g in gradients)
-    )
+    if len(devices) != 1 or not all(g.dtype in _KEY_BITS for g in gradients):
+        return False
+    device = devices.pop()
+    return (device.type == "cuda" or (_INTERPRETED and device.type == "cpu")) and _runs_on(device)
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    """Try a kernel: Triton also needs a C compiler, and a GPU that it knows. Warns where it does not run."""
+    try:
+        tensor = torch.ones(1, device=device)
+        mask_([[tensor]], torch.ones(1, dtype=torch.int64, device=device))
+        return True
+    except Exception as e:  # whatever it is, torch's own operations do the same
+        warnings.warn(f"Triton does not run on {device}, masks are made without it: {e}", stacklevel=2)
+        return False
 
 
 def kth_largest_keys(

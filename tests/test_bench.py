@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import python
+from conftest import python, write_rows
 
 SMALL = {
     "mask.py": ("--shape", "64", "96", "--growth", "1000", "100000", "--repeats", "2"),
@@ -13,14 +13,32 @@ SMALL = {
 }
 
 
+def measured(script, out, *more):
+    words = (*SMALL[script], *more, "--out" if script == "eval.py" else "--json", str(out))
+    done = python(f"scripts/bench/{script}", *words, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SMALL)
 def test_it_measures(script, tmp_path):
-    out = tmp_path / "results.json"
-    done = python(
-        f"scripts/bench/{script}", *SMALL[script], "--out" if script == "eval.py" else "--json", str(out), timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(out.read_text())
+    found = measured(script, tmp_path / "results.json")
     assert len(found.get("rows", found.get("growth"))) > 1
     assert found.get("same", 4) == 4  # bench/eval.py: both backends gave the same 4 answers
+
+
+@pytest.mark.slow
+def test_training_of_a_model_that_is_there(model_dir, tmp_path):
+    found = measured("train.py", tmp_path / "results.json", "--model", str(model_dir))
+    assert found["settings"]["model"] == str(model_dir)
+    assert [row["way"] for row in found["rows"]] == ["train.py", "SFTTrainer, 2 rows"]
+    assert all(row["tokens_per_second"] > 0 for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_answers_of_a_model_that_is_there(model_dir, tmp_path):
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"{i} apples and {3 * i} pears?"} for i in range(9)])
+    words = ("--model", str(model_dir), "--prompts", str(prompts), "--max_new_tokens", "16")
+    found = measured("eval.py", tmp_path / "results.json", *words)
+    assert found["same"] == 4 and 0 < found["tokens"] <= 16

@@ -137,6 +137,76 @@ def test_the_usual_case_takes_two_reads_of_16_bits_and_three_of_32(dtype, monkey
     assert first < (1 << 22 if passes == 2 else 1 << 11)
 
 
+def masker(dtype: torch.dtype, **settings) -> gmt.Masker:
+    shapes = {"a": (40, 50), "b": (7, 600), "stack": (3, 20, 30), "none": (5, 5)}
+    parameters = {n: torch.nn.Parameter(normal(*s, dtype=dtype, seed=9)) for n, s in shapes.items()}
+    for i, name in enumerate(("a", "b", "stack")):
+        parameters[name].grad = normal(*shapes[name], dtype=dtype, seed=i)
+    return gmt.Masker(parameters.items(), "gmt", 0.2, **settings)
+
+
+def gradients(m: gmt.Masker) -> list[torch.Tensor]:
+    return [p.grad for p in m.eligible.values() if p.grad is not None]
+
+
+@by_dtype
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("stats", [False, True])
+def test_gmt_uses_it_and_masks_the_same(stats, scope, dtype, monkeypatch):
+    calls = []
+    for name in ("kth_largest_keys", "mask_"):
+        original = getattr(gmt_triton, name)
+        monkeypatch.setattr(gmt_triton, name, lambda *a, o=original, n=name: calls.append(n) or o(*a))
+    ours, plain = masker(dtype, scope=scope), masker(dtype, scope=scope)
+    gmt_triton.is_usable(gradients(ours))  # tries a kernel, once
+    calls.clear()
+    found = ours.mask_gradients(0, stats=stats)
+    assert calls == (["kth_largest_keys"] if stats else ["kth_largest_keys", "mask_"])
+    monkeypatch.setattr(gmt, "_kernels", lambda: None)
+    assert plain.mask_gradients(0, stats=stats) == found
+    assert len(calls) <= 2  # the plain way is another
+    for a, b in zip(gradients(ours), gradients(plain), strict=True):
+        assert torch.equal(a, b)
+
+
+@by_dtype
+def test_gmt_frozen_masks_the_same(dtype, monkeypatch):
+    ours, plain = masker(dtype, masked_weights="frozen"), masker(dtype, masked_weights="frozen")
+    for m in (ours, plain):
+        if m is plain:
+            monkeypatch.setattr(gmt, "_kernels", lambda: None)
+        m.step(torch.optim.AdamW(m.eligible.values()), 0)
+    for a, b in zip(ours.eligible.values(), plain.eligible.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("settings", [{"rule": "rmt"}, {"refresh_every": 2}, {"score": "weight"}], ids=str)
+def test_gmt_uses_it_for_the_gradients_of_this_step_alone(settings, monkeypatch):
+    monkeypatch.setattr(gmt_triton, "_runs_on", lambda device: True)
+    monkeypatch.setattr(gmt_triton, "mask_", lambda *_: pytest.fail("masked at once"))
+    masked = []
+    for _ in range(2):
+        p = torch.nn.Parameter(normal(30, 30, dtype=torch.float32))
+        p.grad = p.detach().flip(0)
+        gmt.Masker([("w", p)], **{"rule": "gmt", "keep_ratio": 0.2, **settings}).mask_gradients(0)
+        masked.append(p.grad)
+        monkeypatch.setattr(gmt, "_kernels", lambda: None)
+    assert torch.equal(*masked)
+
+
+def test_a_kernel_that_does_not_run_is_not_used(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(gmt_triton, "mask_", broken)
+    gmt_triton._runs_on.cache_clear()
+    m = masker(torch.float32)
+    with pytest.warns(UserWarning, match="Triton does not run on cpu, .*: Failed to find C compiler"):
+        m.mask_gradients(0)
+    gmt_triton._runs_on.cache_clear()
+    assert 0.2 <= gradients(m)[0].count_nonzero() / 2000 < 0.21
+
+
 def test_what_it_serves_for():
     fp32 = torch.zeros(2)
     assert gmt_triton.is_usable([fp32, fp32.bfloat16(), fp32.half()])

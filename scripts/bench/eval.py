@@ -1,13 +1,16 @@
 """Items per second of eval.py's generation against lm-eval's Hugging Face backend: same model, prompts, stop rule.
 
     python scripts/bench/eval.py [--shape tiny|1b] [--items N] [--batch_size N] [--max_new_tokens N] [--out FILE]
+    python scripts/bench/eval.py --model FOLDER [--prompts FILE.jsonl] ...            # real answers, of real lengths
 
-The model is a random Llama, greedy, with one of its own frequent tokens as end of sequence, so that answers have many
-lengths, as those of trained models have; the share of answers that end before max_new_tokens is printed. lm_eval is in
-requirements-dev.txt.
+Without --model it is a random Llama, greedy, with one of its own frequent tokens as end of sequence, so that answers
+have many lengths, as those of trained models have. The share of answers that end before max_new_tokens is printed.
+lm_eval is in requirements-dev.txt.
 """
 
 import argparse
+import itertools
+import json
 import sys
 import tempfile
 from collections import Counter
@@ -67,9 +70,21 @@ def choose_end(folder: Path, prompts: list[str], most: int, dtype: torch.dtype, 
     network.save_pretrained(folder)
 
 
+def read_prompts(file: str, items: int) -> list[str]:
+    """The `prompt` of the first lines of a file; without a file, words of the README, of many lengths."""
+    if file:
+        with open(file) as f:
+            return [json.loads(line)["prompt"] for line in itertools.islice(f, items)]
+    words = Path(__file__).parents[2].joinpath("README.md").read_text().split()
+    words *= 1 + (7 * items + 70) // len(words)
+    return [" ".join(words[7 * i : 7 * i + 10 + 13 * i % 60]) for i in range(items)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--model", default="", help="folder of a model and its tokenizer, instead of a random one")
+    parser.add_argument("--prompts", default="", help="JSON lines with a `prompt`; without it, words of the README")
     parser.add_argument("--items", type=int, default=96)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -80,16 +95,20 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    words = Path(__file__).parents[2].joinpath("README.md").read_text().split()
-    prompts = [" ".join(words[7 * i : 7 * i + 10 + 13 * i % 60]) for i in range(args.items)]
+    prompts = read_prompts(args.prompts, args.items)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder, args.shape)
-        choose_end(folder, prompts, args.max_new_tokens, dtype, args.batch_size)
+        folder = Path(args.model or name)
+        if not args.model:
+            make_model(folder, args.shape)
+            choose_end(folder, prompts, args.max_new_tokens, dtype, args.batch_size)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         network = load_weights(str(folder), dtype=dtype).to(bench.device()).eval()
-        theirs = HFLM(network, tokenizer=tokenizer, batch_size=args.batch_size, max_length=2048)
-    model = generation.Model(network, tokenizer, frozenset({tokenizer.eos_token_id}), 1, 2048)
+    context = min(network.config.get_text_config().max_position_embeddings, 2048)
+    theirs = HFLM(network, tokenizer=tokenizer, batch_size=args.batch_size, max_length=context)
+    end = network.generation_config.eos_token_id  # some models have several
+    ends = frozenset({tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None})
+    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model = generation.Model(network, tokenizer, ends, pad, context)
     answers: dict[str, list[str]] = {}
 
     def ours() -> None:
@@ -108,12 +127,12 @@ def main() -> None:
     times = bench.interleaved({"eval.py": ours, "lm-eval": lm_eval}, args.repeats)
     same = sum(a == b for a, b in zip(answers["ours"], answers["lm_eval"], strict=True))
     rows = [
-        {"backend": k, "items/s": args.items / bench.median(v), "seconds": bench.median(v)} for k, v in times.items()
+        {"backend": k, "items/s": len(prompts) / bench.median(v), "seconds": bench.median(v)} for k, v in times.items()
     ]
     bench.show(rows)
-    early = sum(n < args.max_new_tokens for n in answers["lengths"]) / args.items
-    mean = sum(answers["lengths"]) / args.items
-    print(f"same answers: {same} of {args.items}; {early:.0%} end early; {mean:.0f} tokens on average")
+    early = sum(n < args.max_new_tokens for n in answers["lengths"]) / len(prompts)
+    mean = sum(answers["lengths"]) / len(prompts)
+    print(f"same answers: {same} of {len(prompts)}; {early:.0%} end early; {mean:.0f} tokens on average")
     bench.write(args.out, {"arguments": vars(args), "rows": rows, "same": same, "ended_early": early, "tokens": mean})
 
 

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> dict:
     model = bench_step.LlamaForCausalLM(bench_step.architecture(args.shape)).train()
     optimizer = build_optimizer(config, model)
     model, optimizer = accelerator.prepare(model, optimizer)
-    masker = gmt.Masker(accelerator.unwrap_model(model).named_parameters(), "gmt", KEEP_RATIO)
+    names = accelerator.unwrap_model(model).named_parameters()
+    masker = gmt.Masker(names, "gmt", KEEP_RATIO, masked_weights=args.masked_weights)
     parameters = list(model.parameters())
     vocabulary = accelerator.unwrap_model(model).config.vocab_size
     tokens = torch.randint(vocabulary, (EXAMPLES, args.length), generator=torch.Generator().manual_seed(0))

@@ -5,11 +5,12 @@
     python scripts/bench/train.py --hidden 2048 --layers 16 --heads 32 --kv_heads 8 --intermediate 8192 \\
         --vocabulary 128256 --gradient_checkpointing --attention flash_attention_2 --micro_batch_tokens 16384 \\
         --global_batch_size 64 --steps 8 --batch_sizes 4 16                          # the shape of a 1B, on a GPU
+    python scripts/bench/train.py --model FOLDER [--micro_batch_tokens 2048]          # a real model
 
-The same random model, rows, global batch size, optimizer, precision and attention for both. train.py runs with its
-defaults, but for the tokens of a micro-batch, by which memory is matched. SFTTrainer groups rows by length, with
-several batch sizes, and, under FlashAttention, packs; its best counts. Tokens are those of the rows, without padding;
-the first 2 steps are not timed. Each way runs in a process of its own.
+Both get the same model (random without --model), rows, global batch size, optimizer, precision and attention. train.py
+runs with its defaults, but for the tokens of a micro-batch, by which memory is matched. SFTTrainer groups rows by
+length, with several batch sizes, and, under FlashAttention, packs; its best counts. Tokens are those of the rows,
+without padding; the first 2 steps are not timed. Each way runs in a process of its own.
 Memory on a GPU is torch.cuda.max_memory_allocated; on a CPU it is the peak of the process's resident memory.
 """
 
@@ -28,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.hub import load_weights
 from scripts.bench import measure as bench
@@ -38,29 +39,48 @@ WORDS, WARMUP = 1000, 2
 
 
 def make(args: argparse.Namespace, folder: Path) -> None:
-    """A random model, a tokenizer of one token per word, and rows whose second half is the response."""
+    """A model with its tokenizer, and rows whose second half is the response: all in `folder`."""
+    if args.model:
+        (folder / "model").symlink_to(Path(args.model).resolve())
+        words = Path(__file__).parents[2].joinpath("README.md").read_text().split()
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokens_per_word = len(tokenizer(" ".join(words))["input_ids"]) / len(words)
+    else:
+        make_model(args, folder / "model")
+        words, tokens_per_word = [f"w{i}" for i in range(WORDS)], 1.0
+    rng = np.random.default_rng(0)
+    median, spread, longest = KINDS[args.data]
+    with open(folder / "rows.jsonl", "w") as f:
+        for length in rng.lognormal(np.log(median), spread, args.steps * args.global_batch_size):
+            number = int(np.clip(length, 16, longest - 1) / tokens_per_word)
+            text = [words[i] for i in rng.integers(0, len(words), max(2, number))]
+            half = len(text) // 2
+            row = {"prompt": " ".join(text[:half]) + " ", "completion": " ".join(text[half:])}
+            f.write(json.dumps({**row, "response": row["completion"]}) + "\n")
+
+
+def make_model(args: argparse.Namespace, folder: Path) -> None:
+    """A random model, and a tokenizer of one token per word."""
     words = Tokenizer(
         models.WordLevel({"<eos>": 0, "<pad>": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}, unk_token="w0")
     )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>").save_pretrained(
-        folder / "model"
-    )
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
     torch.manual_seed(0)
     architecture = LlamaConfig(
         vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.intermediate,
         num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
         max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
-    LlamaForCausalLM(architecture).save_pretrained(folder / "model")
-    rng = np.random.default_rng(0)
-    median, spread, longest = KINDS[args.data]
-    with open(folder / "rows.jsonl", "w") as f:
-        for length in rng.lognormal(np.log(median), spread, args.steps * args.global_batch_size):
-            text = [f"w{i}" for i in rng.integers(0, WORDS, int(np.clip(length, 16, longest - 1)))]
-            half = len(text) // 2
-            row = {"prompt": " ".join(text[:half]) + " ", "completion": " ".join(text[half:])}
-            f.write(json.dumps({**row, "response": row["completion"]}) + "\n")
+    LlamaForCausalLM(architecture).save_pretrained(folder)
+
+
+def count_tokens(args: argparse.Namespace, folder: Path) -> int:
+    """Of all rows, an end of sequence included, each cut where training cuts it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = map(json.loads, (folder / "rows.jsonl").read_text().splitlines())
+    lengths = [len(tokenizer(r["prompt"] + r["completion"])["input_ids"]) + 1 for r in rows]
+    return sum(min(n, KINDS[args.data][2]) for n in lengths)
 
 
 def ours(args: argparse.Namespace, folder: Path) -> list[float]:
@@ -88,7 +108,7 @@ def theirs(args: argparse.Namespace, folder: Path, batch_size: int, packing: boo
     """Seconds of each step of SFTTrainer."""
     import trl
     from datasets import load_dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
 
     ends = []
 
@@ -122,6 +142,7 @@ def theirs(args: argparse.Namespace, folder: Path, batch_size: int, packing: boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="folder of a model and its tokenizer, instead of a random one")
     for name, value in {
         "hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "intermediate": 344, "vocabulary": 16000, "steps": 6,
         "global_batch_size": 32, "micro_batch_tokens": 1024, "rounds": 2,
@@ -152,8 +173,7 @@ def main() -> None:
                 if done.returncode:
                     raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                rows = map(json.loads, (Path(folder) / "rows.jsonl").read_text().splitlines())
-                tokens = sum(len((r["prompt"] + r["completion"]).split()) + 1 for r in rows)
+                tokens = count_tokens(args, Path(folder))
     table = []
     for name, runs in found.items():
         # an equal number of tokens per step on average; packed, SFTTrainer's steps are fewer, and their sum counts
