@@ -54,6 +54,30 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_run(tmp_path, t
     assert plan.tensor_bytes(config, model.parameters(), 1, False) == held
 
 
+@pytest.mark.parametrize("rule", ["gmt", "sift", "mofo", "lift", "grad_square"])
+def test_bytes_of_masks(rule):
+    """Bits where masks are held, against those that a masker then has; copies by what masked_weights takes back."""
+    model = torch.nn.ModuleList([torch.nn.Linear(64, 48, bias=False), torch.nn.Linear(48, 64, bias=False)])
+    masker = gmt.Masker(model.named_parameters(), rule, 0.3)
+    held = plan.mask_bytes(masker, 1, False)
+    if rule == "grad_square":
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        masker.calibrate()
+        assert held["sums of squares"] == sum(x.nbytes for x in masker._squares.values())
+        masker.fix_masks()
+    if rule in ("sift", "grad_square"):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        masker.mask_gradients(0)
+        assert held["masks"] == sum(bits.nbytes for bits in masker.state_dict()["masks"].values())
+    largest = 48 * 64 * 4
+    copies = {"mofo": largest, "lift": 3 * largest}.get(rule)
+    assert held.get(f"{masker.masked_weights}'s copies") == copies
+    assert ("masks" in held) == (rule != "gmt")
+    assert plan.mask_bytes(masker, 4, True).get("masks", 0) == held.get("masks", 0) // 4
+
+
 def test_bytes_under_fsdp2_are_the_largest_shard():
     config = TrainConfig(model="m", dataset=["d"], output_dir="o", rule="none")
     p = torch.nn.Parameter(torch.zeros(10, 3))

@@ -31,13 +31,20 @@ SHAPES = {
     "1b": (2048, 16, 32, 8, 8192, 128256, True),  # Llama-3.2-1B
     "8b": (4096, 32, 32, 8, 14336, 128256, False),  # Llama-3-8B
 }
-WAYS = {  # name: rule, masked_weights, statistics at every step
-    "none": ("none", "momentum", False),
-    "gmt": ("gmt", "momentum", False),
-    "gmt, statistics": ("gmt", "momentum", True),
-    "gmt, frozen": ("gmt", "frozen", False),
-    "rmt": ("rmt", "momentum", False),
-    "hft": ("hft", "momentum", False),
+WAYS = {  # name: rule, options of the Masker, statistics at every step
+    "none": ("none", {}, False),
+    "gmt": ("gmt", {}, False),
+    "gmt, statistics": ("gmt", {}, True),
+    "gmt, frozen": ("gmt", {"masked_weights": "frozen"}, False),
+    "rmt": ("rmt", {}, False),
+    "hft": ("hft", {}, False),
+    "sift": ("sift", {}, False),
+    "gasdu": ("gasdu", {}, False),
+    "shira": ("shira", {}, False),
+    "super_tuning": ("super_tuning", {}, False),
+    "mofo": ("mofo", {}, False),
+    "lift": ("lift", {}, False),
+    "lift, refresh": ("lift", {"refresh_every": 1}, False),
 }
 PHASES = ("forward_backward", "clip", "mask", "optimizer")
 
@@ -77,14 +84,26 @@ def build(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimi
     return model.train(), build_optimizer(train_config(args), model)
 
 
-def step(args: argparse.Namespace, way: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """One optimizer step; seconds of each phase."""
-    rule, masked_weights, stats = WAYS[way]
+def build_masker(args: argparse.Namespace, way: str, model: torch.nn.Module) -> gmt.Masker:
+    rule, options, _ = WAYS[way]
+    keep_ratio = args.keep_ratio if gmt.masks_entries(rule) else None
+    return gmt.Masker(model.named_parameters(), rule, keep_ratio, **options)
+
+
+def step(
+    args: argparse.Namespace,
+    way: str,
+    masker: gmt.Masker,
+    number: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> dict:
+    """Optimizer step `number`; seconds of each phase. Masks that serve for many steps are chosen in the first."""
+    stats = WAYS[way][-1]
     for p in model.parameters():
         p.requires_grad_(True)
-    if rule == "hft":
+    if masker.rule == "hft":
         gmt.freeze_half(model, seed=0)
-    masker = gmt.Masker(model.named_parameters(), rule, args.keep_ratio if gmt.masks_entries(rule) else None)
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = bench.device()
     tokens = torch.randint(model.config.vocab_size, (args.tokens // args.length, args.length), device=device)
@@ -96,14 +115,14 @@ def step(args: argparse.Namespace, way: str, model: torch.nn.Module, optimizer: 
             (F.cross_entropy(logits.float(), rows[:, 1:].flatten(), reduction="sum") / args.tokens).backward()
 
     def mask():
-        if masked_weights == "momentum":
-            masker.mask_gradients(0, stats=stats, check_finite=False)
+        if masker.masked_weights == "momentum":
+            masker.mask_gradients(number, stats=stats, check_finite=False)
 
     def update():
-        if masked_weights == "frozen":
-            masker.step(optimizer, 0, stats=stats, check_finite=False)
-        else:
+        if masker.masked_weights == "momentum":
             optimizer.step()
+        else:
+            masker.step(optimizer, number, stats=stats, check_finite=False)
 
     clip = lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # noqa: E731
     seconds = {
@@ -116,8 +135,9 @@ def step(args: argparse.Namespace, way: str, model: torch.nn.Module, optimizer: 
 def peak_memory_mib(args: argparse.Namespace, way: str) -> float:
     """In this process, after two steps; the second one has all of the optimizer's state."""
     model, optimizer = build(args)
-    for _ in range(2):
-        step(args, way, model, optimizer)
+    masker = build_masker(args, way, model)
+    for number in range(2):
+        step(args, way, masker, number, model, optimizer)
     return bench.peak_bytes() / 2**20
 
 
@@ -145,10 +165,11 @@ def measure(
 ) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
     """(the model, a row per way); `none` comes first. `memory`: peak memory in MiB by way, or nothing."""
     model, optimizer = build(args)
+    maskers = {way: build_masker(args, way, model) for way in ways}
     samples: dict[str, list[dict]] = {way: [] for way in ways}
     for repeat in range(args.repeats + 1):  # the first is a warm-up
         for way in ways:
-            seconds = step(args, way, model, optimizer)
+            seconds = step(args, way, maskers[way], repeat, model, optimizer)
             if repeat:
                 samples[way].append(seconds)
     median = {way: {p: bench.median([s[p] for s in found]) for p in PHASES} for way, found in samples.items()}
