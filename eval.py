@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from common import integrity, model_card, run_folder
 from common.config import EvalConfig, UserError, parse, run_main
 from common.hub import from_pretrained, is_local
+from common.launch import check_launch
 from evaluation import generation, scores, settings
 from evaluation.generation import Decoding, Scored
 from evaluation.requests import Request, encode, make_requests, merge_responses, render_prompts
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def refuse_what_cannot_work(config: EvalConfig, folder: Path, runs: list[TaskRun], options: Options) -> None:
     """Raise UserError for all that is known to fail before anything is loaded."""
+    check_launch()
     run_folder.check_writable(folder)
     if config.score_only:
         for run in runs:

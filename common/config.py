@@ -311,9 +311,7 @@ class EvalConfig:
     kv_cache_gib: float = key(
         32.0, "GiB of keys and values at most: where batch_size prompts could need more, fewer are generated at a time"
     )
-    dtype: Literal["bfloat16", "float16", "float32", "float64"] = key(
-        "bfloat16", "dtype of the weights; on a CPU use float32"
-    )
+    dtype: Literal["bfloat16", "float16", "float32"] = key("bfloat16", "dtype of the weights; on a CPU use float32")
     workers: int = key(0, "processes that judge answers at the same time; 0: one per physical core")
     allow_unsafe_code: bool = key(False, "run the model's programs although no sandbox works on this machine")
     score_only: bool = key(False, "score the completions that are in output_dir again, without a model")

@@ -14,6 +14,7 @@ from common.compatibility import refuse_unscorable
 from common.config import EvalConfig, UserError
 from common.hub import from_pretrained, load_weights
 
+NOT_A_NUMBER = "the model's logits are no numbers (NaN): its weights are damaged, or overflow in this --dtype"
 STOP_INTERVAL, LONGEST_STOP = 8, 16  # tokens between looks for stop strings; tokens of a stop string at most
 
 
@@ -137,6 +138,8 @@ def continue_rows(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        if bool(logits.isnan().any()):
+            raise UserError(NOT_A_NUMBER)
         tokens = next_tokens(logits, decoding, [generators[r] for r in batch.rows] if generators else [])
         for r, token in zip(batch.rows, tokens.tolist(), strict=True):
             new[r].append(token)
@@ -273,6 +276,8 @@ def logprobs(model: Model, rows: list[Scored]) -> list[list[float] | None]:
             candidate = torch.tensor(rows[i].ids[rows[i].start :], device=scores.device)
             of_each = scores[-1 - len(candidate) : -1].float().log_softmax(-1)
             out[i] = [float(of_each.gather(-1, candidate[:, None]).sum())]
+        if any(map(math.isnan, out[i])):
+            raise UserError(NOT_A_NUMBER)
     return out
 
 

@@ -75,6 +75,17 @@ def model_dir(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    """eval.py computes in float64 here: in float32 rounding, which differs between processors, could decide."""
+    from evaluation import generation
+
+    load_weights = generation.load_weights
+    monkeypatch.setattr(
+        generation, "load_weights", lambda *args, **kwargs: load_weights(*args, **{**kwargs, "dtype": torch.float64})
+    )
+
+
 def needs_data(*files: str) -> pytest.MarkDecorator:
     """Skip a test where GMT_DATA_DIR has not these files."""
     missing = [f for f in files if not (DATA / f).exists()]

@@ -70,6 +70,9 @@ REFUSED = {
         {**COMMON, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
         "keeps a recurrent state",
     ),
+    "short convolutions: LFM2": (
+        "Lfm2Config", {**COMMON, "layer_types": ["conv", "full_attention"]}, "keeps a recurrent state",
+    ),
     "a router's loss": (
         "MixtralConfig", {**COMMON, "num_local_experts": 4, "output_router_logits": True},
         "set output_router_logits to false",

@@ -26,7 +26,7 @@ def items_file(folder, n=7):
 
 def args(tmp_path, model_dir, *more, out="eval"):
     return [
-        "--model", str(model_dir), "--tasks", f"gsm8k={tmp_path / 'items.jsonl'}", "--dtype", "float64",
+        "--model", str(model_dir), "--tasks", f"gsm8k={tmp_path / 'items.jsonl'}", "--dtype", "float32",
         "--batch_size", "3", "--output_dir", str(tmp_path / out), *more,
     ]  # fmt: skip
 
@@ -42,7 +42,7 @@ def short_answers(monkeypatch):
     monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], max_new_tokens=24))
 
 
-def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_dir):
+def test_batched_generation_is_greedy_decoding_of_each_prompt(tmp_path, model_dir, exact):
     """Left padding, sorting and batching against one prompt at a time and one argmax at a time."""
     items_file(tmp_path)
     scores = evaluation.main(args(tmp_path, model_dir))
@@ -229,7 +229,7 @@ def test_a_tokenizer_that_adds_eos_does_not_end_the_prompt(tmp_path):
     assert ids[0] == 0 and ids.count(0) == 1 and 1 not in ids
 
 
-def test_a_long_prompt_does_not_cut_the_answers_of_its_batch(tmp_path):
+def test_a_long_prompt_does_not_cut_the_answers_of_its_batch(tmp_path, exact):
     model = make_model(tmp_path / "m", max_position_embeddings=220)
     rows = [{"question": "x" * n, "answer": "#### 1"} for n in (1, 45, 45, 2)]  # room for all 24 tokens, or for 5
     write_rows(tmp_path / "items.jsonl", rows)

@@ -1,7 +1,9 @@
 """Completions and log-probabilities: pytest tests/test_generation.py"""
 
+import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 import eval as evaluation
-from common.config import EvalConfig
+from common.config import EvalConfig, UserError
 from evaluation import generation
 from evaluation.generation import Decoding, Scored
 from evaluation.requests import encode, make_requests
@@ -173,12 +175,29 @@ def test_keys_and_values_keep_to_their_budget(model, monkeypatch):
 
 def test_the_budget_counts_the_bytes_of_all_layers(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for dtype, size in (("float64", 8), ("bfloat16", 2)):
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
         config = EvalConfig(["gsm8k"], "o", str(folder), dtype=dtype, kv_cache_gib=0.25)
         ready = generation.load_for_generation(config, tokenizer, torch.device("cpu"))
         per_token = 2 * 2 * 2 * (32 // 4) * size  # layers, keys and values, heads of them, their size
         assert generation.bytes_per_token(ready.model) == per_token
         assert ready.cached_tokens == 2**28 // per_token
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "lm_head"])
+def test_logits_that_are_no_numbers_are_an_error(model, name):
+    """The first argmax of NaN would be taken for an answer."""
+    broken = dataclasses.replace(model, model=copy.deepcopy(model.model))
+    for parameter, values in broken.model.named_parameters():
+        if name in parameter:
+            values.data[3, 3] = math.nan
+    given = prompts(broken, 3)
+    with pytest.raises(UserError, match="the model's logits are no numbers"):
+        generation.continue_rows(broken, given, Decoding(5), [""] * 3, 2)
+    with pytest.raises(UserError, match="the model's logits are no numbers"):
+        generation.continue_rows(broken, given, Decoding(5, temperature=1.0), [""] * 3, 2)
+    for choices in ((), (5, 6)):
+        with pytest.raises(UserError, match="the model's logits are no numbers"):
+            generation.logprobs(broken, [Scored(p, len(p) - 1, choices) for p in given])
 
 
 def test_a_special_token_ends_an_answer_or_is_seen(model):
@@ -346,7 +365,7 @@ def items_file(path, n=23):
 
 def words(path, folder, out):
     return [
-        "--model", str(folder), "--tasks", f"gsm8k={path / 'items.jsonl'}", "--dtype", "float64", "--batch_size", "2",
+        "--model", str(folder), "--tasks", f"gsm8k={path / 'items.jsonl'}", "--dtype", "float32", "--batch_size", "2",
         "--output_dir", str(path / out),
     ]  # fmt: skip
 
@@ -357,7 +376,7 @@ def test_a_chat_prompt_of_today_is_the_same_tomorrow(folder):
     assert render(Chat("hello"), "chat", tokenizer) == "26 Jul 2024 hello"
 
 
-def test_several_samples_of_an_item_are_in_one_line(folder, tmp_path, monkeypatch):
+def test_several_samples_of_an_item_are_in_one_line(folder, tmp_path, monkeypatch, exact):
     items_file(tmp_path)
     monkeypatch.setitem(TASKS, "gsm8k", SAMPLED)
     entry = evaluation.main(words(tmp_path, folder, "a"))["gsm8k.metamath"]

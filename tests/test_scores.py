@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MiniMaxConfig,
+    RwkvConfig,
 )
 
 import eval as evaluation
@@ -160,6 +161,13 @@ def test_the_preflight_of_a_task_comes_before_anything_is_loaded(words, monkeypa
         evaluation.main([*words, "--model", "no/such", "--workers", "5", "--allow_unsafe_code"])
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "LOCAL_RANK"])
+def test_what_another_launch_left_in_the_environment(name, words, monkeypatch):
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"{name}=2 is set, .* is not: left over from another launch"):
+        evaluation.main(words)
+
+
 def test_a_chat_format_needs_a_template(words, monkeypatch):
     formats = {"chat": Format(lambda item, _: Chat(item["question"]))}
     monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], formats=formats))
@@ -198,6 +206,7 @@ def test_a_model_with_a_recurrent_state_is_refused(tmp_path, words, monkeypatch)
         (FalconH1Config, True),  # attention and a state space in each layer
         (lambda: Lfm2Config(layer_types=["conv", "full_attention"] * 16), True),  # short convolutions
         (MambaConfig, True),
+        (RwkvConfig, True),  # no list of layers
         (MiniMaxConfig, True),  # linear attention
         (LlamaConfig, False),
         (Gemma2Config, False),  # sliding windows

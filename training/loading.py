@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from common import templates
+from common.compatibility import refuse_unscorable
 from common.config import TrainConfig, UserError, nearest, user_errors
 from common.hub import from_pretrained, load_weights, one_line
 from common.sources import load_all
@@ -73,8 +74,7 @@ def load_architecture(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, e
         raise UserError(
             f"{kind} cannot be built with attention {config.attention}{hint} ({one_line(e, 120)})"
         ) from None
-    if getattr(model, "_is_stateful", False):
-        raise UserError(f"{kind} keeps a recurrent state, which eval.py does not know: only keys and values")
+    refuse_unscorable(config.model, full, tokenizer)
     if checks.changes_logits(model):
         raise UserError(
             f"{kind} does something to its logits that losses.attach_loss does not know: it scales them, say"
