@@ -469,11 +469,14 @@ def test_backends_on_which_masks_would_be_wrong_are_refused(run, monkeypatch, en
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x in the environment is no number of processes"),
     ],
 )
-def test_what_another_launch_has_left_in_the_environment(run, monkeypatch, environment, message):
+def test_what_another_launch_has_left_in_the_environment(run, monkeypatch, environment, message, model_dir, tmp_path):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         run(max_steps=1)
+    rows = write_rows(tmp_path / "items.jsonl", [{"question": "q", "answer": "#### 1"}])
+    with pytest.raises(UserError, match=message):
+        evaluation.main([f"--model={model_dir}", f"--tasks=gsm8k={rows}", f"--output_dir={tmp_path / 'eval'}"])
 
 
 def test_one_process_may_be_named_in_the_environment(run, monkeypatch):
