@@ -355,6 +355,11 @@ ATTEMPTS = {
     "the hypervisor": "import socket; socket.socket(40, socket.SOCK_STREAM)",
     "the kernel's ciphers": "import socket; socket.socket(38, 5)",
     "netlink": "import socket; socket.socket(16, 3, 0)",
+    "a descriptor of its maker": "import os, socket, sys\n"
+    "f = sys._getframe()\nwhile 'sock' not in f.f_locals: f = f.f_back\n"
+    "fd = f.f_locals['sock'].getsockopt(1, 77)\ncall('pidfd_send_signal', fd, 0, 0, 0)",
+    "a descriptor of its init": "call('pidfd_open', 1, 0)",
+    "memory in pipes": "import os; call('vmsplice', os.pipe()[1], None, 0, 0)",
     "packets": "import socket; socket.socket(17, socket.SOCK_RAW, 0)",
     "the kernel's log": "call('syslog', 10, 0, 0)",
     "io_uring": "call('io_uring_setup', 1, bytes(120))",

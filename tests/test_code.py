@@ -234,6 +234,8 @@ def test_programs_of_each_format():
         ("f", 0, [], 1, 1.0000001, 1e-6, False),  # an int for a float
         ("f", 0, [], float("nan"), 1.0, 1e-6, False),
         ("f", 0, [], float("inf"), 1e300, 1e-6, False),
+        ("f", 0, [], 1.0, float("inf"), 1e-6, False),
+        ("f", 0, [], float("inf"), float("inf"), 1e-6, True),
         ("find_zero", 0, [[-4.0, 0.0, 1.0]], -2.0, 2.0, 1e-4, True),  # another root
         ("find_zero", 0, [[-4.0, 0.0, 1.0]], 1.9, 2.0, 1e-4, False),
         ("are_equivalent", 164, [1, 2], "anything", True, 0, True),
