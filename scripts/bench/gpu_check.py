@@ -11,7 +11,6 @@ failed, or a check did not hold.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -64,11 +63,6 @@ class Report:
             f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
-
-
-def is_there(package: str) -> bool:
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.loader is not None  # measure.allow_missing's stand-in has none
 
 
 def median_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
@@ -133,7 +127,7 @@ def _mask_all(report: Report, what: str, gradients: dict[str, torch.Tensor], rep
 
     ways = {"copy": lambda: [space[: g.numel()].copy_(g.view(-1)) for g in gradients.values()], "topk": topk}
     ways["plain"] = plain
-    if is_there("triton"):
+    if bench.is_there("triton"):
         import gmt_triton
 
         if gmt_triton.is_usable(gradients.values()):
@@ -166,7 +160,7 @@ def step_1b(report: Report, tiny: bool) -> None:
 def step_8b(report: Report, tiny: bool) -> None:
     """The same at 8B, so that it fits: bf16 masters, 8-bit AdamW, checkpointed layers."""
     small = ["--gradient_checkpointing", "--master_dtype", "bfloat16", "--repeats", "1" if tiny else "2"]
-    if is_there("bitsandbytes") and torch.cuda.is_available():
+    if bench.is_there("bitsandbytes") and torch.cuda.is_available():
         small += ["--optimizer", "adamw_8bit"]
     else:
         report.left_out("8-bit AdamW", "it needs bitsandbytes and a GPU; bf16 moments instead")
@@ -177,7 +171,6 @@ def step_8b(report: Report, tiny: bool) -> None:
 
 
 def _step(report: Report, shape: str, words: list[str]) -> None:
-    bench.allow_missing("datasets")  # which the plan's and the optimizer's modules import, for other functions
     from scripts.bench import step as bench_step
     from training import plan
 
@@ -208,7 +201,7 @@ def _step(report: Report, shape: str, words: list[str]) -> None:
 
 def against_trl(report: Report, tiny: bool) -> None:
     """train.py against TRL's SFTTrainer."""
-    if missing := [p for p in ("trl", "datasets") if not is_there(p)]:
+    if missing := [p for p in ("trl", "datasets") if not bench.is_there(p)]:
         report.left_out("train.py against SFTTrainer", f"{' and '.join(missing)} missing")
         return
     words = ["--steps", "4", "--rounds", "1", "--global_batch_size", "4", "--batch_sizes", "2"]
@@ -310,7 +303,7 @@ def equal(report: Report, tiny: bool) -> None:
         report.check("plain: equal to the CPU's", torch.equal(masked["cuda"], masked["cpu"]))
     else:
         report.left_out("plain: equal to the CPU's", "it needs a GPU")
-    if not is_there("triton"):
+    if not bench.is_there("triton"):
         report.left_out("Triton: equal to the CPU's", "Triton is missing")
         return
     import gmt_triton
@@ -411,7 +404,7 @@ def run_part(name: str, seconds: float, lines: Path, tiny: bool) -> None:
 def check_versions() -> None:
     """Raises UserError where something is missing that no part can do without."""
     for package in ("transformers", "accelerate"):
-        if not is_there(package):
+        if not bench.is_there(package):
             raise UserError(f"gpu_check needs {package}: pip install {package}")
     if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 11):
         raise UserError(f"gpu_check needs torch 2.11 or newer, this is {torch.__version__}")
@@ -438,6 +431,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = Path(args.lines)
     if args.part:
+        bench.allow_missing("datasets")  # which the plan's and the optimizer's modules import, for other functions
         PARTS[args.part][0](Report(lines, args.part), args.tiny)
         return
     check_versions()
@@ -456,7 +450,7 @@ def main() -> None:
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     print()
     bench.show(list(table(found)))
-    versions = {p: metadata.version(p) if is_there(p) else None for p in ("transformers", "accelerate", "triton")}
+    versions = {p: metadata.version(p) if bench.is_there(p) else None for p in ("transformers", "accelerate", "triton")}
     bench.write(
         args.json or ("outputs/cpu_check.json" if args.tiny else "results/gpu.json"),
         {"tiny": args.tiny, "versions": versions, "lines": found},

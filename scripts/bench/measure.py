@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved repeats, medians, a table and a JSON file."""
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
@@ -80,12 +81,33 @@ def write(path: str, content: dict[str, Any]) -> None:
         print(f"saved {path}")
 
 
+class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a package that is not installed, and its modules: empty ones, which have any name that is asked for."""
+
+    def __init__(self, package: str):
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        ours = name.split(".")[0] == self.package
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
+
+    def create_module(self, spec):
+        return unittest.mock.MagicMock(name=spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
 def allow_missing(package: str) -> None:
     """Let modules that import a package which is not installed be imported, for those of their functions that go
     without it."""
-    if importlib.util.find_spec(package) is None:
+    if not is_there(package):
         import transformers  # noqa: F401 - looks for itself which packages are there, before this one seems to be
 
-        stand_in = unittest.mock.MagicMock(name=package)
-        stand_in.__spec__ = importlib.machinery.ModuleSpec(package, None)
-        sys.modules.update({name: stand_in for name in (package, f"{package}.utils.logging", f"{package}.exceptions")})
+        sys.meta_path.insert(0, StandIn(package))
+
+
+def is_there(package: str) -> bool:
+    """Whether a package is installed."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and not isinstance(spec.loader, StandIn)
