@@ -8,6 +8,16 @@ from common.config import UserError
 RECURRENT_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "recurrent"}
 
 
+def largest_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id of a token that may stand in a text.
+
+    A placeholder of images or sounds may not, and may lie beyond the embedding: Gemma-3-1b's tokenizer is that of its
+    multimodal siblings.
+    """
+    placeholders = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    return max(i for token, i in tokenizer.get_vocab().items() if token not in placeholders)
+
+
 def refuse_unscorable(model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError where eval.py cannot generate with a model. Needs no weights.
 
@@ -15,7 +25,7 @@ def refuse_unscorable(model: str, config: PretrainedConfig, tokenizer: PreTraine
         model: its folder or Hub id, for the message.
     """
     text_config = config.get_text_config()
-    largest = max(tokenizer.get_vocab().values())
+    largest = largest_text_id(tokenizer)
     if largest >= text_config.vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {largest}, the model's embedding {text_config.vocab_size} rows: they do not "

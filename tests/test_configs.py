@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT, write_rows
 
 import train
-from common.config import TrainConfig, parse
+from common.config import TrainConfig, UserError, parse
 from scripts.reproduce.reduced import NO_BOS, ROWS, SHAPES, reduced_model, reduced_tokenizer
 from training import plan
 
@@ -63,3 +63,18 @@ def test_it_fits_on_its_card(name):
     )
     print({part: f"{n / 2**30:.2f} GiB" for part, n in held.items()})
     assert sum(held.values()) / 2**30 < CARDS[name] - 1.5
+
+
+def test_a_placeholder_of_images_may_lie_beyond_the_embedding(model_dir):
+    """Gemma-3-1b's tokenizer has one; any other token there is a fault."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from common.compatibility import largest_text_id, refuse_unscorable
+
+    config = AutoConfig.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, extra_special_tokens={"image_token": "<image_soft_token>"})
+    assert len(tokenizer) == config.vocab_size + 1 and largest_text_id(tokenizer) == config.vocab_size - 1
+    refuse_unscorable("a model", config, tokenizer)
+    tokenizer.add_tokens(["<word>"])
+    with pytest.raises(UserError, match="do not belong together"):
+        refuse_unscorable("a model", config, tokenizer)

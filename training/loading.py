@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from common import templates
-from common.compatibility import refuse_unscorable
+from common.compatibility import largest_text_id, refuse_unscorable
 from common.config import TrainConfig, UserError, nearest, user_errors
 from common.hub import from_pretrained, load_weights, one_line
 from common.sources import load_all
@@ -58,7 +58,7 @@ def load_architecture(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, e
             f"{kind} adds a balancing loss of its experts' router, which is not supported: set output_router_logits to "
             "false in its config.json to train without it"
         )
-    largest = max(examples.max_token_id(), *tokenizer.get_vocab().values())
+    largest = max(examples.max_token_id(), largest_text_id(tokenizer))
     if largest >= architecture.vocab_size:
         raise UserError(
             f"token id {largest} is beyond the model's embedding of {architecture.vocab_size} rows: "
