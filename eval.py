@@ -102,7 +102,7 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     with accelerator.local_main_process_first():
         for run in runs:
             run.load_items(config.limit)
-    if is_local(config.model):
+    if is_local(config.model):  # before its settings are stored
         integrity.verify(Path(config.model), "model")
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     texts = {run.name: render_prompts(run, tokenizer) for run in runs}

@@ -6,6 +6,7 @@ import os
 import re
 import unittest.mock
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from common import integrity
 from common.config import UserError
 
 # Modules that wrap a model or one of its layers, and so enter the names of its weights: torch.compile,
@@ -89,7 +91,7 @@ def _find_special_tokens_in_texts(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def load_weights(
     source: str, what: str = "model", *, dtype: torch.dtype | None = None, attention: str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None, verified: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """A causal language model with the weights of a folder or Hub id. All of the project's loads of weights come here.
 
@@ -103,13 +105,16 @@ def load_weights(
         dtype: of the weights; None: as they are stored.
         attention: transformers' attn_implementation; None: its default.
         device: None: the CPU; "meta": compare names and shapes alone, without memory.
+        verified: whether the caller has called integrity.verify, which reads all files.
     Raises:
         UserError: it cannot be loaded; tensors are missing, of other shapes or unexpected; it is a PEFT adapter;
-            generation_config.json is damaged.
+            generation_config.json is damaged; a file is not what it was when it was saved, see integrity.verify.
     """
     options = {"dtype": dtype or "auto", "attn_implementation": attention, "device_map": device}
     _refuse_adapter(source, what)
     _check_generation_config(source, what)
+    if is_local(source) and device != "meta" and not verified:
+        integrity.verify(Path(source), what)
     with _shapes_alone() if str(device) == "meta" else contextlib.nullcontext():
         model, report = from_pretrained(
             AutoModelForCausalLM,

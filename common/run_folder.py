@@ -35,7 +35,7 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"output_dir {folder}: {nearest_parent} is not writable")
 
 
-def check(folder: Path, resume: bool, overwrite: bool) -> None:
+def check_output_dir(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise UserError where a new or resumed run may not use this folder. Reads only: every process gets one answer."""
     check_writable(folder)
     has_run = (folder / RUN).exists()

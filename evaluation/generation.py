@@ -50,7 +50,7 @@ def load_for_generation(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, 
     """
     architecture = from_pretrained(AutoConfig, config.model, "model")
     refuse_unscorable(config.model, architecture, tokenizer)
-    network = load_weights(config.model, dtype=getattr(torch, config.dtype)).to(device).eval()
+    network = load_weights(config.model, verified=True, dtype=getattr(torch, config.dtype)).to(device).eval()
     own = network.generation_config.eos_token_id  # some models end with several tokens
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if not ends:

@@ -14,7 +14,7 @@ from training import backend, resume
 def check_paths(config: TrainConfig) -> None:
     """Raise UserError for paths and settings that cannot work; every process comes to the same answer."""
     folder = Path(config.output_dir)
-    run_folder.check(folder, config.resume, config.overwrite)
+    run_folder.check_output_dir(folder, config.resume, config.overwrite)
     if config.resume:
         resume.refuse_changes(config, folder, {"config": asdict(config), **run_folder.environment()})
     datasets = [split_cap(source)[0] for source in config.dataset]

@@ -34,7 +34,7 @@ def refuse_changes(config: TrainConfig, folder: Path, new: dict[str, Any]) -> No
     changed = []
     for part in ("config", "data", "versions"):
         names = [name for name in new.get(part, {}) if name not in FREE_TO_CHANGE]
-        changed += run_folder.differences(old[part], new.get(part, {}), names)
+        changed += run_folder.differences(old.get(part) or {}, new.get(part, {}), names)
     if changed and not config.resume_changed:
         raise UserError(f"resume: not the run that {folder} holds: {'; '.join(changed)} (--resume_changed goes on)")
 
