@@ -393,7 +393,7 @@ def test_eval_from_the_model_to_the_scores(folder, tmp_path, monkeypatch):
             {**HUMANEVAL_ROW, "canonical_solution": "    return ("},
             "item 1: the reference solution is no Pyt",
         ),
-        ("humaneval", {**HUMANEVAL_ROW, "test": None}, "item 1: no column 'test'"),
+        ("humaneval", {**HUMANEVAL_ROW, "test": None}, "item 1: column 'test' is null"),
         ("humaneval_plus", {**HUMANEVAL_PLUS_ROW, "prompt": "def ("}, "item 1: the reference solution is no Python"),
         ("mbpp", {**mbpp_row(11), "test_list": ["assert g(1) == 2"]}, "item 1: the test calls no function"),
         ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "code": "swap = 1"}, "item 1: the test calls no function"),
