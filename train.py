@@ -69,7 +69,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     steps_in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     total_steps = config.max_steps or config.epochs * steps_in_epoch
     model = load_trainable_model(config, tokenizer, examples)
-    freeze(config, model, accelerator.print)
+    adapter = freeze(config, model, accelerator.print)
     model, optimizer = accelerator.prepare(model, backend.build_optimizer(config, model))
     masker = build_masker(config, accelerator.unwrap_model(model))  # after prepare, which may replace parameters
     accelerator.print(masker.summary())
@@ -174,7 +174,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     if progress["skipped_steps"] == total_steps:
         raise UserError(f"none of the {total_steps} steps had a finite gradient: nothing was trained, nothing is saved")
     card = model_card.make(config, description, line)
-    checkpoint.save_model(accelerator, folder / "final", model, tokenizer, card)
+    checkpoint.save_model(accelerator, folder / "final", model, tokenizer, card, adapter)
     accelerator.print(how_to_score(config, folder))
     return line
 
@@ -208,7 +208,7 @@ def summary(
         text += "\nwarning: the chat template ends an answer with text alone: generation will not stop there"
     if config.template == "chat" and "strftime_now" in templates.chat_template(tokenizer):
         text += f"\nfor the chat template it is always {templates.TODAY:%d %B %Y}, in training and in scoring"
-    if config.master_dtype == "bfloat16":
+    if config.master_dtype == "bfloat16" and not config.adapter:  # whose matrices are in fp32
         text += "\nwarning: master_dtype bfloat16: a weight changes only where its update is above about 1/256 of it"
     return text
 

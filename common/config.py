@@ -32,6 +32,7 @@ FREE_TO_CHANGE = {
 OF_MASKS = (  # no meaning for rules without masks
     "keep_ratio", "score", "refresh_every", "masked_weights", "scope", "exclude", "mask_vectors", "clip",
 )  # fmt: skip
+OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")  # no meaning without an adapter
 OF_SCORES = {"calibration_steps": "squared_gradients", "lift_rank": "low_rank"}  # keys of one score alone
 
 
@@ -130,6 +131,13 @@ class TrainConfig:
     mask_vectors: bool = key(False, "mask 1-D tensors (norms, biases) too")
     calibration_steps: int = key(0, "steps whose squared gradients choose the masks of rule grad_square, before step 1")
     lift_rank: int = key(64, "rank of the part of W that rule lift looks at")
+    adapter: Literal["", "lora"] = key(
+        "", "lora: with rule none, train matrices A and B of low rank beside each target, W + (alpha / rank) B A"
+    )
+    lora_rank: int = key(16, "rank of B A")
+    lora_alpha: int = key(32, "scale of B A, divided by lora_rank")
+    lora_targets: list[str] = key([], "names of linear layers, e.g. 'q_proj v_proj'; none named: all but the head")
+    lora_dropout: float = key(0.0, "dropout of the input of A")
 
     # optimization
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = key(
@@ -162,7 +170,7 @@ class TrainConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = key("sdpa", "transformers' implementation of attention")
     gradient_checkpointing: bool = key(False, "keep a layer's input alone and compute the layer again: memory for time")
     compile: bool = key(False, "torch.compile of each layer")
-    seed: int = key(0, "of the order of examples, the random rules and dropout")
+    seed: int = key(0, "of the order of examples, the random rules, dropout and LoRA's matrices")
 
     # precision
     mixed_precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "autocast dtype; fp32: none")
@@ -202,6 +210,11 @@ class TrainConfig:
                 raise UserError(
                     f"{name} has no meaning for rule {self.rule}: leave it out (or use a rule with masks, such as gmt)"
                 )
+        if self.adapter and self.rule != "none":
+            raise UserError(f"adapter {self.adapter} is a baseline without masks, got rule {self.rule}: use rule none")
+        for name in OF_ADAPTERS:
+            if not self.adapter and not self._is_default(name):
+                raise UserError(f"{name} has no meaning without an adapter: leave it out (or set adapter lora)")
         with user_errors():
             axes = self.axes
         self._check_score(axes.score)
@@ -223,7 +236,7 @@ class TrainConfig:
             **dict.fromkeys(("tokenise_processes", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
             **dict.fromkeys(("loss_chunk", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
             **dict.fromkeys(("calibration_steps", "save_every_minutes", "log_masks_every", "max_skipped_steps"), 0),
-            "lift_rank": 1,
+            **dict.fromkeys(("lift_rank", "lora_rank", "lora_alpha"), 1),
             "max_length": 2,
         }
         for name, least in at_least.items():
@@ -232,7 +245,7 @@ class TrainConfig:
         for name in ("learning_rate", "adam_epsilon", "beta"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.warmup_ratio and self.warmup_steps:

@@ -81,7 +81,7 @@ def clear(folder: Path) -> None:
         return
     if folder.is_symlink() or folder.resolve() in (Path("/"), Path.home().resolve(), Path.cwd().resolve()):
         raise UserError(f"overwrite: {folder} is a link, a home, the root or the working folder: delete it by hand")
-    for name in ("checkpoints", "final"):
+    for name in ("checkpoints", "final", "adapter"):
         deleted = folder / f".deleted_{name}"
         shutil.rmtree(deleted, ignore_errors=True)
         if (folder / name).exists():

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from common import integrity
 from common.config import UserError
 from common.model_card import CARD
+from training import lora
 
 PROGRESS = "progress.json"
 _NAME, _ASIDE = re.compile("step_([0-9]+)"), ".aside_"
@@ -40,14 +41,21 @@ def save(accelerator: Accelerator, folder: Path, progress: dict[str, Any], keep:
     accelerator.wait_for_everyone()
 
 
-def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: str) -> None:
+def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: str, adapter=None) -> None:
     """Save model, tokenizer and model card with save_pretrained as `folder`, for from_pretrained to load.
 
     Under FSDP2 the weights are gathered tensor by tensor into the main process's CPU memory.
 
+    Args:
+        adapter: what lora.add returned. It is saved beside `folder`, as adapter/, and then merged into `model`.
     Raises:
         UserError: the save failed.
     """
+    checkpoints = folder.with_name("checkpoints")
+
+    def write_adapter(aside: Path) -> None:
+        if accelerator.is_main_process:
+            lora.save(adapter, aside)
 
     def write(aside: Path) -> None:
         weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None
@@ -56,7 +64,11 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: s
             tokenizer.save_pretrained(aside)
             (aside / CARD).write_text(card, encoding="utf-8")
 
-    _put_in_place(accelerator, folder, folder.with_name("checkpoints"), write, f"model {folder}")
+    if adapter is not None:
+        beside = folder.with_name("adapter")
+        _put_in_place(accelerator, beside, checkpoints, write_adapter, f"adapter {beside}")
+        adapter.merge_and_unload()
+    _put_in_place(accelerator, folder, checkpoints, write, f"model {folder}")
 
 
 def _put_in_place(

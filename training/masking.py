@@ -1,25 +1,32 @@
 """The selection rules of gmt.py, set up from a run's configuration."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 import gmt
 from common.config import TrainConfig, user_errors
+from training import lora
 
 
-def freeze(config: TrainConfig, model: nn.Module, log: Callable[[str], object] = lambda text: None) -> None:
-    """Freeze the tensors that rule hft does not train; other rules freeze none. Call it before the optimizer is built.
+def freeze(config: TrainConfig, model: nn.Module, log: Callable[[str], object] = lambda text: None) -> Any:
+    """Freeze the tensors that rule hft, or an adapter, does not train. Call it before the optimizer is built.
 
+    Returns:
+        The adapter that is trained in their place, see lora.add; None where there is none.
     Raises:
-        UserError: hft does not know the model's layers.
+        UserError: hft does not know the model's layers, or the adapter's targets are not in the model.
     """
+    if config.adapter:
+        return lora.add(config, model, log)
     if config.rule != "hft":
-        return
+        return None
     with user_errors():
         frozen = gmt.freeze_half(model, config.seed, config.objective)
     log(f"hft freezes {len(frozen)} tensors: {', '.join(frozen)}")
+    return None
 
 
 def build_masker(config: TrainConfig, model: nn.Module) -> gmt.Masker:

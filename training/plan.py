@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gmt
 from common.config import TrainConfig
+from training import lora
 from training.data import Examples, micro_batches, step_examples, steps_per_epoch
 from training.losses import attach_loss, token_losses
 
@@ -179,9 +180,12 @@ def _without_values(config: TrainConfig, architecture: PretrainedConfig) -> nn.M
     attention = "eager" if config.attention == "eager" else "causal"
     with no_init_weights():
         try:
-            return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=attention)
         except KeyError:  # it has a table of its own of what computes attention (Falcon)
-            return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
+    if config.adapter:
+        lora.add(config, model)
+    return model
 
 
 def _causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -195,16 +199,18 @@ def _causal_attention(module, query, key, value, attention_mask, scaling=None, d
 def flops_per_token(model: nn.Module, length: float) -> float:
     """FLOPs of forward and backward per token: 6 per weight of a matrix product, and causal attention's 6 L h s.
 
+    A frozen weight takes 4: its gradient is not computed.
     Recomputation by gradient checkpointing is not counted, as is usual for model-flops utilisation.
     """
     architecture = model.config.get_text_config()
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2) - (0 if tied else embedding.numel())
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and (tied or p is not embedding)]
     width = architecture.num_attention_heads * (
         getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
     )
-    return 6 * matrices + 6 * architecture.num_hidden_layers * width * length
+    products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
+    return products + 6 * architecture.num_hidden_layers * width * length
 
 
 def peak_flops(device: torch.device) -> float | None:
