@@ -38,7 +38,8 @@ def make(config: TrainConfig, description: dict[str, Any], last: dict[str, Any])
         "base model": "a local folder" if is_local(config.model) else config.model,
         "data": f"{' '.join(config.dataset)}, {description['data']['examples']} examples, "
         f"fingerprint {description['data']['fingerprint']}",
-        "rule": f"{config.rule}" + (f", keep_ratio {config.keep_ratio}" if config.keep_ratio else "")
+        "rule": f"{config.rule}"
+        + (f", keep_ratio {config.keep_ratio}" if config.keep_ratio else "")
         + (f", adapter {config.adapter} of rank {config.lora_rank}, merged" if config.adapter else ""),
         "steps": f"{last.get('step')} of {config.global_batch_size} examples, {last.get('tokens')} tokens",
         "last loss": f"{last.get('loss')}; held out: {last.get('eval_loss')}",

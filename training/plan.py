@@ -183,8 +183,9 @@ def _without_values(config: TrainConfig, architecture: PretrainedConfig) -> nn.M
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=attention)
         except KeyError:  # it has a table of its own of what computes attention (Falcon)
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
-    if config.adapter:
-        lora.add(config, model)
+    if config.adapter:  # fake tensors cannot be moved: A and B stay in fp32, whatever the weights are in
+        with unittest.mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module):
+            lora.add(config, model)
     return model
 
 
