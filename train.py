@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
+import gmt
 from common import model_card, run_folder, templates
 from common.config import TrainConfig, UserError, parse, run_main
 from common.hub import has_weights, load_weights
@@ -30,8 +31,8 @@ from training.loading import load_architecture, load_data, load_trainable_model
 from training.masking import build_masker, calibrate, freeze
 from training.preflight import check_batches, check_paths
 from training.reference import build_objectives
-from training.schedule import lr_factor
-from training.steps import Clipping, backward, evaluation_loss, step_batches
+from training.schedule import lr_factor, set_learning_rate
+from training.steps import Clipping, backward, evaluation_loss, scaler_warms_up, step_batches, zero_gradients
 from training.timing import Timer
 
 # The benchmarks of the paper for each of its training sets, for the last line that a run prints.
@@ -70,14 +71,12 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     total_steps = config.max_steps or config.epochs * steps_in_epoch
     model = load_trainable_model(config, tokenizer, examples)
     adapter = freeze(config, model, accelerator.print)
-    model, optimizer = accelerator.prepare(model, backend.build_optimizer(config, model))
+    model, optimizer = backend.prepare(accelerator, model, backend.build_optimizer(config, model))
     masker = build_masker(config, accelerator.unwrap_model(model))  # after prepare, which may replace parameters
-    accelerator.print(masker.summary())
-    checks.check_loss(config, model, examples, accelerator)
-    packed = checks.decide_packing(config, model, examples, accelerator)
-    accelerator.print(summary(config, tokenizer, examples, held_out, total_steps, accelerator.num_processes))
+    packed = checks.check_model(config, model, examples, accelerator)
+    accelerator.print(summary(config, tokenizer, examples, held_out, masker, total_steps, accelerator.num_processes))
 
-    # --- the objective, the run folder, and the checkpoint to go on from ---------------------------------------------
+    # --- the objective (DPO's reference is the model as it is now), the run folder, the checkpoint to go on from ------
     objectives = build_objectives(config, model, examples, held_out, packed, accelerator)
     accelerator.register_for_checkpointing(masker)  # masks that serve for more than a step
     description = resume.describe(config, examples, held_out, accelerator)
@@ -91,12 +90,13 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     model.train()
     objective, clipping = objectives.training, Clipping(config, model)
     batches_of = functools.partial(step_batches, config, examples, packed, accelerator)
-    calibrate(config, masker, optimizer, lambda step: backward(model, batches_of(step), objective, accelerator))
+    zero_grad = functools.partial(zero_gradients, optimizer, accelerator)
+    calibrate(config, masker, lambda step: backward(model, batches_of(step), objective, accelerator), zero_grad)
     flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="train", disable=not accelerator.is_main_process)
     last_save, bad_in_a_row, line = time.monotonic(), 0, {}
     signals.listen()
-    for step in range(progress["step"], total_steps):
+    while (step := progress["step"]) < total_steps:
         logged = is_due(step, config.log_every) or step + 1 == total_steps
         masks_logged = is_due(step, config.log_masks_every)
         timer = Timer(accelerator.device if logged else None)
@@ -125,14 +125,15 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
 
         # 4. the optimizer; a non-finite step is skipped (under fp16 the scaler has to see it, and skips it itself)
         lr = config.learning_rate * lr_factor(config, step, total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
         if finite and masker.masked_weights != "momentum":  # masks, steps, and takes back the step where M = 0
             stats = masker.step(optimizer.optimizer, step, after_masking=clipping.after_masking, **wanted)
         elif finite or accelerator.scaler is not None:
             optimizer.step()
         kept_norm = clipping.norm() if finite and logged else grad_norm
-        optimizer.zero_grad()
+        zero_grad()
+        if not finite and scaler_warms_up(accelerator, progress):  # it has lowered its scale: the same step again
+            continue
         progress["step"] = step + 1
         progress["skipped_steps"] += not finite
         progress["tokens"] += batches.tokens
@@ -190,11 +191,17 @@ def is_due(step: int, every: int) -> bool:
 
 
 def summary(
-    config: TrainConfig, tokenizer: Any, examples: Examples, held_out: Examples, total_steps: int, processes: int
+    config: TrainConfig,
+    tokenizer: Any,
+    examples: Examples,
+    held_out: Examples,
+    masker: gmt.Masker,
+    total_steps: int,
+    processes: int,
 ) -> str:
-    """What is trained on, for people, with one example as the model sees it."""
+    """What is masked and what is trained on, for people, with one example as the model sees it."""
     text = (
-        f"{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, "
+        f"{masker.summary()}\n{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, "
         f"{examples.left_out_text()}, {len(held_out)} held out), {examples.lengths.sum()} tokens, "
         f"{examples.trained.sum()} of them trained\n{describe_example(tokenizer, examples)}\n"
         f"{total_steps} steps of {config.global_batch_size} examples on {processes} process(es), "

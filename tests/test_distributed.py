@@ -55,6 +55,13 @@ def test_whole_runs_agree_on_1_2_and_3_processes_in_fp64(tmp_path, train_args, r
         assert metrics[-1]["eval_loss"] == pytest.approx(runs[0][1][-1]["eval_loss"], abs=1e-9)
 
 
+def test_ddp_holds_gradients_once(tmp_path, train_args):
+    """Also under accumulation, and in the calibration."""
+    more = ["--rule", "grad_square", "--keep_ratio", "0.3", "--calibration_steps", "1", "--max_steps", "3"]
+    done = run(2, train_args(tmp_path / "run", *more, "--per_device_batch_size", "2"), BUCKETS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_resume_is_bitwise(tmp_path, train_args, processes):
     more = ["--rule", "gmt", "--keep_ratio", "0.3", "--save_every", "2"]

@@ -20,6 +20,25 @@ def keep_gradients(self, step, **kwargs):
     return mask_gradients(self, step, **kwargs)
 
 
+backward = train.backward
+
+
+def gradients_lie_in_buckets(model, *args):
+    """Under DDP there is one copy of the gradients, in the buckets, before and after each step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def places():
+        return [(p.grad.data_ptr(), p.grad.untyped_storage().data_ptr()) for p in parameters]
+
+    before = places()
+    sums = backward(model, *args)
+    assert places() == before, "a gradient has moved"
+    storages = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in parameters}
+    assert sum(storages.values()) == sum(p.grad.nbytes for p in parameters), "gradients lie outside of the buckets"
+    assert len(storages) < len(parameters) / 2
+    return sums
+
+
 write = run_folder.Log.write
 
 
@@ -41,4 +60,6 @@ if __name__ == "__main__":
         LlamaRMSNorm.forward = exact_norm
     gmt.Masker.mask_gradients = keep_gradients
     run_folder.Log.write = crash
+    if "BUCKETS" in os.environ:
+        train.backward = gradients_lie_in_buckets
     train.main(sys.argv[1:])

@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from common.config import TrainConfig, UserError
 
+DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
 
 def is_sharded() -> bool:
     """Whether Accelerate is configured for FSDP, here as in all processes."""
@@ -62,6 +64,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """The Accelerator of a run, with its process group."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers reads it at each call
     torch.use_deterministic_algorithms(config.deterministic)
     transformers_logging.set_verbosity_error()
     accelerator = Accelerator(
@@ -83,8 +86,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # others wait while one tokenises or saves
         ],
     )
-    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
-    if accelerator.distributed_type not in known:
+    if accelerator.distributed_type not in (DistributedType.NO, *DDP, DistributedType.FSDP):
         raise UserError(f"{accelerator.distributed_type.value} is not supported: use one process, DDP or FSDP2")
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
@@ -108,6 +110,16 @@ def _fsdp2(config: TrainConfig) -> FullyShardedDataParallelPlugin:
         state_dict_type="SHARDED_STATE_DICT",
         mixed_precision_policy=policy if config.mixed_precision == "bf16" else None,
     )
+
+
+def prepare(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """accelerator.prepare. Under DDP gradients lie in its buckets from the start, see steps.zero_gradients."""
+    if accelerator.distributed_type in DDP:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None  # DDP moves what is there into its buckets
+    return accelerator.prepare(model, optimizer)
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:

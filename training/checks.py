@@ -127,6 +127,12 @@ def decide_packing(config: TrainConfig, model: nn.Module, examples: Examples, ac
     return not reason
 
 
+def check_model(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> bool:
+    """check_loss, then decide_packing: whether rows are packed."""
+    check_loss(config, model, examples, accelerator)
+    return decide_packing(config, model, examples, accelerator)
+
+
 def distance(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|; NaN where either is."""
     return float((a - b).norm() / b.norm())

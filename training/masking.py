@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 import gmt
@@ -54,15 +53,15 @@ def build_masker(config: TrainConfig, model: nn.Module) -> gmt.Masker:
 def calibrate(
     config: TrainConfig,
     masker: gmt.Masker,
-    optimizer: torch.optim.Optimizer,
     accumulate: Callable[[int], object],
+    zero_gradients: Callable[[], None],
 ) -> None:
     """Choose the masks of grad_square from the first steps' gradients; no optimizer step is taken.
 
     Nothing happens for the other rules, nor where a checkpoint has brought the masks.
 
     Args:
-        accumulate: accumulates the gradients of a step, given its number.
+        accumulate: accumulates the gradients of a step, given its number; zero_gradients lets go of them.
     Raises:
         UserError: masks cannot be chosen from these gradients.
     """
@@ -71,6 +70,6 @@ def calibrate(
     for step in range(config.calibration_steps):
         accumulate(step)
         masker.calibrate()
-        optimizer.zero_grad()
+        zero_gradients()
     with user_errors():
         masker.fix_masks()

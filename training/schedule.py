@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from common.config import TrainConfig
 
 
@@ -17,3 +19,9 @@ def lr_factor(config: TrainConfig, step: int, total_steps: int) -> float:
     if config.lr_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     return 1.0 - progress if config.lr_schedule == "linear" else 1.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

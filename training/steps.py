@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from common.config import TrainConfig
-from training import plan
+from training import backend, plan
 from training.data import Examples, collate, step_examples
 from training.objectives import Objective
 
@@ -72,10 +72,14 @@ def backward(model: nn.Module, batches: Batches, objective: Objective, accelerat
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The L2 norm of all gradients together, a scalar; a DTensor where FSDP2 shards them.
 
-    No gradient outlives the call: a list of them that a training loop keeps would hold their memory through the next
-    forward and backward pass.
+    Of 16-bit gradients it is fp32: in 16 bits it would have three digits. No gradient outlives the call: a list of them
+    that a training loop keeps would hold their memory through the next forward and backward pass.
     """
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if any(g.dtype in (torch.bfloat16, torch.float16) for g in grads):
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+        return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.nn.utils.get_total_norm(grads)
 
 
 def clip(parameters: list[nn.Parameter], max_norm: float) -> tuple[float, float]:
@@ -117,6 +121,24 @@ class Clipping:
 def to_float(norm: Tensor) -> float:
     """The value of a norm, also of sharded gradients."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def zero_gradients(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    """Let go of the gradients; under DDP, where they lie in its buckets, set them to 0.
+
+    Gradients that are gone would come back beside the buckets in the first micro-batch, and be held twice.
+    """
+    optimizer.zero_grad(set_to_none=accelerator.distributed_type not in backend.DDP)
+
+
+def scaler_warms_up(accelerator: Accelerator, progress: dict[str, Any]) -> bool:
+    """Whether fp16's gradient scaler is still looking for a scale: a step without finite gradients is not a bad one.
+
+    It begins with a scale that is too large on purpose, and halves it until the first step has finite gradients. At a
+    scale of 1 or less it is not the scale that is to blame.
+    """
+    before_the_first = progress["step"] == progress["skipped_steps"]
+    return accelerator.scaler is not None and before_the_first and accelerator.scaler.get_scale() >= 1
 
 
 @torch.no_grad()
