@@ -106,7 +106,9 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
         integrity.verify(Path(config.model), "model")
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     texts = {run.name: render_prompts(run, tokenizer) for run in runs}
-    prompts = {name: encode(tokenizer, rendered) for name, rendered in texts.items()}
+    prompts = {
+        run.name: [ids[: run.task.max_prompt_tokens] for ids in encode(tokenizer, texts[run.name])] for run in runs
+    }
     described = {run.name: settings.describe(config, run, prompts[run.name], tokenizer) for run in runs}
     done = settings.record(folder, described, config.overwrite, accelerator)
     model = None
@@ -114,7 +116,7 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
         if run.name in done:
             continue
         requests = make_requests(run, texts[run.name], prompts[run.name], tokenizer)
-        size = config.batch_size if run.task.candidates else config.batch_size * BATCHES_PER_BLOCK
+        size = config.batch_size * BATCHES_PER_BLOCK if run.task.generates else config.batch_size
         blocks = [requests[i : i + size] for i in range(0, len(requests), size)]
         files = [folder / f"{run.name}.parts" / f"{b:06d}.jsonl" for b in range(len(blocks))]
         mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
@@ -135,7 +137,7 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
 def respond(model: generation.Model, run: TaskRun, block: list[Request], config: EvalConfig) -> list[dict[str, Any]]:
     """The model's responses to the requests of a block."""
     task = run.task
-    if task.candidates:
+    if not task.generates:
         values = generation.logprobs(model, [Scored(r.ids, r.start, r.choices) for r in block])
         responses = [{"logprobs": value} for value in values]
     else:

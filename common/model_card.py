@@ -78,8 +78,7 @@ def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
     folder = model.resolve()
     card.data.model_name = card.data.model_name or (folder.parent if folder.name == "final" else folder).name
     rows = "".join(
-        f"| {r.dataset_name} | {r.dataset_config} | {r.metric_type} | {r.dataset_args['items']} "
-        f"| {100 * r.metric_value:.2f} |\n"
+        f"| {r.dataset_name} | {r.dataset_config} | {r.metric_type} | {r.dataset_args['items']} | {_shown(r)} |\n"
         for r in card.data.eval_results
         if "items" in (r.dataset_args or {})  # eval.py's
     )
@@ -98,13 +97,20 @@ def _results(name: str, entry: dict[str, Any]) -> list[EvalResult]:
             dataset_type=entry["task"],
             dataset_name=entry["task"],
             dataset_config=name.removeprefix(f"{entry['task']}."),
-            dataset_args={"items": entry["n"]},
+            dataset_args={"items": entry["n"], "unit": entry.get("unit", "share")},
             metric_type=metric,
             metric_name=metric,
             metric_value=value["score"],
         )
         for metric, value in entry["metrics"].items()
     ]
+
+
+def _shown(result: EvalResult) -> str:
+    """A share as per cent, a loss with its unit."""
+    if result.dataset_args.get("unit") == "nats":
+        return f"{result.metric_value:.4f} nats"
+    return f"{100 * result.metric_value:.2f}"
 
 
 def _key(result: EvalResult) -> tuple[str | None, ...]:

@@ -15,6 +15,7 @@ from common.config import EvalConfig, UserError
 from common.hub import from_pretrained, load_weights
 
 NOT_A_NUMBER = "the model's logits are no numbers (NaN): its weights are damaged, or overflow in this --dtype"
+MOST_LOGITS = 8192  # positions whose logits exist at once: 2 GiB in bf16 at a vocabulary of 128k
 STOP_INTERVAL, LONGEST_STOP = 8, 16  # tokens between looks for stop strings; tokens of a stop string at most
 
 
@@ -259,24 +260,33 @@ def logprobs(model: Model, rows: list[Scored]) -> list[list[float] | None]:
     """
     fits = [i for i, row in enumerate(rows) if len(row.ids) <= model.context]
     out: list[list[float] | None] = [None] * len(rows)
-    if not fits:
-        return out
-    ids, mask = pad_left(model, [rows[i].ids for i in fits])
+    kept = 1 + max((len(rows[i].ids) - rows[i].start for i in fits), default=0)
+    at_once = max(1, MOST_LOGITS // kept)
+    for first in range(0, len(fits), at_once):
+        some = fits[first : first + at_once]
+        for i, values in zip(some, _logprobs_at_once(model, [rows[i] for i in some]), strict=True):
+            out[i] = values
+    return out
+
+
+def _logprobs_at_once(model: Model, rows: list[Scored]) -> list[list[float]]:
+    ids, mask = pad_left(model, [row.ids for row in rows])
     logits = model.model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions(mask),
         use_cache=False,
-        logits_to_keep=1 + max(len(rows[i].ids) - rows[i].start for i in fits),
+        logits_to_keep=1 + max(len(row.ids) - row.start for row in rows),
     ).logits
-    for i, scores in zip(fits, logits, strict=True):
-        if rows[i].choices:
-            out[i] = scores[-1].float().log_softmax(-1)[list(rows[i].choices)].tolist()
+    out = []
+    for row, scores in zip(rows, logits, strict=True):
+        if row.choices:
+            out.append(scores[-1].float().log_softmax(-1)[list(row.choices)].tolist())
         else:
-            candidate = torch.tensor(rows[i].ids[rows[i].start :], device=scores.device)
+            candidate = torch.tensor(row.ids[row.start :], device=scores.device)
             of_each = scores[-1 - len(candidate) : -1].float().log_softmax(-1)
-            out[i] = [float(of_each.gather(-1, candidate[:, None]).sum())]
-        if any(map(math.isnan, out[i])):
+            out.append([float(of_each.gather(-1, candidate[:, None]).sum())])
+        if any(map(math.isnan, out[-1])):
             raise UserError(NOT_A_NUMBER)
     return out
 

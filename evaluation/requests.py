@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from common.config import UserError
 from common.templates import encode_prompts
 from evaluation.task_run import TaskRun
 from tasks.task import render
@@ -46,8 +47,12 @@ def make_requests(
     """
     task, requests = run.task, []
     for i, (item, text, prompt) in enumerate(zip(run.items, texts, prompts, strict=True)):
-        if not task.candidates:
+        if task.generates:
             requests += [Request(i, part, prompt) for part in range(task.samples)]
+        elif task.scoring == "prompt":
+            if len(prompt) < 2:
+                raise UserError(f"task {task.name}: item {i + 1} has {len(prompt)} token, and the first is not scored")
+            requests.append(Request(i, 0, prompt, 1))
         elif task.scoring == "next_token":
             tokens = [tokenizer.encode(f" {c}", add_special_tokens=False)[-1] for c in task.candidates(item)]
             requests.append(Request(i, 0, prompt, len(prompt), tuple(tokens)))
@@ -66,7 +71,7 @@ def merge_responses(run: TaskRun, responses: list[dict], texts: list[str], promp
     lines = []
     for i, item in enumerate(run.items):
         parts = of_item[i]
-        if run.task.candidates:
+        if not run.task.generates:
             known = all(part["logprobs"] is not None for part in parts)
             answer = {"logprobs": [value for part in parts for value in part["logprobs"]] if known else None}
         else:

@@ -22,7 +22,7 @@ def score(path: Path, task: Task, format_name: str, items: list[dict] | None, op
         UserError: the file is damaged.
     """
     lines = read_lines(path)
-    answer = "logprobs" if task.candidates else "completions"
+    answer = "completions" if task.generates else "logprobs"
     if not lines or any(answer not in line or "item" not in line for line in lines):
         raise UserError(f"{path}: expected lines with item and {answer}: delete it and generate it again")
     items = items or [line["item"] for line in lines]
@@ -33,12 +33,16 @@ def score(path: Path, task: Task, format_name: str, items: list[dict] | None, op
         line.update(verdict)
         if is_too_long(line):
             line.update(dict.fromkeys(task.metrics, 0))
+    if task.unit == "nats" and (bad := sum(map(is_too_long, lines))):
+        raise UserError(f"{path}: {bad} texts are longer than the model's context, so that their loss is not known")
     write_lines(path, lines)
+    weights = [line[task.weight] if task.weight else 1 for line in lines]
     groups = [task.group(item) for item in items] if task.group else [""] * len(items)
-    metrics = {m: mean_of([float(line[m]) for line in lines], groups, task.macro) for m in task.metrics}
+    metrics = {m: mean_of([float(line[m]) for line in lines], groups, task.macro, weights) for m in task.metrics}
     return {
         **metrics[task.metrics[0]],
         "n": len(lines),
+        "unit": task.unit,
         "metrics": metrics,
         "nothing_extracted": sum(line.get("extracted", "") is None for line in lines),
         "timeouts": sum(line.get("timeouts", 0) for line in lines),
@@ -55,19 +59,30 @@ def is_too_long(line: dict[str, Any]) -> bool:
     return line.get("logprobs", 0) is None or "too_long" in line.get("finish", [])
 
 
-def mean_of(values: list[float], groups: list[str], macro: bool) -> dict[str, Any]:
-    """Score and standard error of the mean: over items, or (macro) the unweighted mean over groups."""
+def mean_of(values: list[float], groups: list[str], macro: bool, weights: list[float]) -> dict[str, Any]:
+    """Score and standard error of the weighted mean: over items, or (macro) the unweighted mean over groups."""
     parts = defaultdict(list)
-    for value, group in zip(values, groups, strict=True):
-        parts[group].append(value)
-    units = list(parts.values()) if macro else [values]
-    variances = [statistics.variance(v) / len(v) if len(v) > 1 else math.nan for v in units]
-    error = math.sqrt(sum(variances)) / len(units)
+    for value, weight, group in zip(values, weights, groups, strict=True):
+        parts[group].append((value, weight))
+    units = list(parts.values()) if macro else [list(zip(values, weights, strict=True))]
+    error = math.sqrt(sum(map(_variance_of_mean, units))) / len(units)
     return {
-        "score": statistics.fmean(map(statistics.fmean, units)),
+        "score": statistics.fmean(map(_mean, units)),
         "standard_error": None if math.isnan(error) else error,
-        "groups": {g: {"score": statistics.fmean(v), "n": len(v)} for g, v in sorted(parts.items()) if g},
+        "groups": {g: {"score": _mean(part), "n": len(part)} for g, part in sorted(parts.items()) if g},
     }
+
+
+def _mean(part: list[tuple[float, float]]) -> float:
+    """The mean of (value, weight) pairs."""
+    return statistics.fmean(*zip(*part, strict=True))
+
+
+def _variance_of_mean(part: list[tuple[float, float]]) -> float:
+    """Its variance as a ratio of two sums over items; with equal weights, the sample variance over their number."""
+    n, mean, total = len(part), _mean(part), sum(weight for _, weight in part)
+    squares = sum((weight * (value - mean)) ** 2 for value, weight in part)
+    return n / (n - 1) * squares / total**2 if n > 1 else math.nan
 
 
 COLUMNS = (
@@ -81,8 +96,10 @@ def print_table(scores: dict[str, dict[str, Any]]) -> None:
     rows = [[name for name, _ in COLUMNS]]
     for s in scores.values():
         for metric, value in s["metrics"].items():
-            error = "" if value["standard_error"] is None else f"{value['standard_error']:.2%}"
-            row = [s["task"], s["protocol"], s["prompt_format"], metric, s["n"], f"{value['score']:.2%}", error]
+            style = ".2%" if s["unit"] == "share" else ".4f"
+            error = "" if value["standard_error"] is None else format(value["standard_error"], style)
+            score = format(value["score"], style)
+            row = [s["task"], s["protocol"], s["prompt_format"], metric, s["n"], score, error]
             counts = [s["nothing_extracted"], s["cut_at_length"], s["prompt_too_long"], s["timeouts"]]
             rows.append([*row, *counts, s["dataset_version"] or s["dataset"]])
     for row in rows:

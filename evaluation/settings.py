@@ -25,7 +25,7 @@ def describe(
     files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
     files = [p for p in files if p.name != model_card.CARD]  # which is given the scores
     candidates = [task.candidates(item) for item in run.items] if task.candidates else []
-    how = "log-probabilities" if task.candidates else "sampled" if task.temperature else "greedy"
+    how = "log-probabilities" if not task.generates else "sampled" if task.temperature else "greedy"
     return {
         "task": task.name,
         "protocol": task.protocol,

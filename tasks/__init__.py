@@ -4,10 +4,11 @@ from tasks.code import HUMANEVAL, HUMANEVAL_PASS1, HUMANEVAL_PASS10, HUMANEVAL_P
 from tasks.general import BBH, BBH_DIRECT, MMLU, MMLU_5SHOT, TRUTHFULQA, TYDIQA
 from tasks.math import GSM8K, GSM8K_8SHOT, MATH
 from tasks.task import Task
+from tasks.text_loss import TEXT_LOSS
 
 MATHEMATICS = (GSM8K, MATH)
 CODE = (HUMANEVAL_PLUS, MBPP_PLUS, HUMANEVAL, MBPP, HUMANEVAL_PASS1, HUMANEVAL_PASS10)
-GENERAL = (MMLU, MMLU_5SHOT, GSM8K_8SHOT, BBH, BBH_DIRECT, TYDIQA, TRUTHFULQA)
+GENERAL = (MMLU, MMLU_5SHOT, GSM8K_8SHOT, BBH, BBH_DIRECT, TYDIQA, TRUTHFULQA, TEXT_LOSS)
 TASKS: dict[str, Task] = {task.name: task for task in (*MATHEMATICS, *CODE, *GENERAL)}
 # Words for several tasks: the paper's three groups.
 GROUPS = {

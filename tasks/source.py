@@ -61,6 +61,16 @@ class Source:
         self.read.append(where)
         return checked_rows(rows, where, columns)
 
+    def first_rows(self, hub: tuple[str, str | None, str], n: int, columns: Mapping[str, type]) -> list[dict]:
+        """The first n rows of a dataset of the Hub, which is not downloaded whole.
+
+        Raises:
+            UserError: as `rows`.
+        """
+        where = ":".join(filter(None, hub))
+        self.read.append(where)
+        return checked_rows(_from_hub(*hub, first=n), where, columns)
+
     def json(self, path: str, hub: tuple[str, str | None, str], key: str, columns: Mapping[str, type]) -> list[dict]:
         """The rows under `key` of a local JSON file, or, where there is none, those of the Hub."""
         if not self.folder or not (Path(self.folder) / path).exists():
@@ -186,8 +196,11 @@ def _from_file(path: Path) -> list[dict]:
     return [row for _, row in read_json_rows(path)]
 
 
-def _from_hub(name: str, subset: str | None, split: str) -> list[dict]:
+def _from_hub(name: str, subset: str | None, split: str, first: int = 0) -> list[dict]:
+    """All rows, or the first ones, without the others."""
     try:
+        if first:
+            return list(datasets.load_dataset(name, subset, split=split, streaming=True).take(first))
         return datasets.load_dataset(name, subset, split=split).to_list()
     except Exception as e:  # whatever the network, the Hub or its cache raises
         raise UserError(

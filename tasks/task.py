@@ -66,15 +66,24 @@ class Task:
     top_p: float = 1.0
 
     # Instead of generating: log-probabilities of candidates. "continuation": of the whole " " + candidate after the
-    # prompt, summed. "next_token": of the last token of " " + candidate at the prompt's end.
+    # prompt, summed. "next_token": of the last token of " " + candidate at the prompt's end. "prompt": of the prompt
+    # itself, all tokens but the first, summed; it needs no candidates.
     candidates: Callable[[dict], list[str]] | None = None
-    scoring: Literal["continuation", "next_token"] = "continuation"
+    scoring: Literal["continuation", "next_token", "prompt"] = "continuation"
+    max_prompt_tokens: int | None = None  # longer prompts are cut at their end
 
     versions: dict[int, str] = field(default_factory=dict)  # number of items -> which release of the data set it is
     group: Callable[[dict], str] | None = None  # scores are reported per group, too (a subject, a language)
+    weight: str = ""  # key of the verdicts: the score is the mean weighted with it
+    unit: Literal["share", "nats"] = "share"  # share: in [0, 1], shown as per cent; nats: a loss, less is better
     macro: bool = False  # the score is the unweighted mean over groups, not over items
     judge_needs_data: bool = False  # the judge uses "_" keys: --score_only reads the data again
     preflight: Callable[[Options], None] | None = None  # raises UserError where this machine cannot judge
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes answers, whose alternative is that log-probabilities are asked for."""
+        return not self.candidates and self.scoring != "prompt"
 
 
 def tulu(chat: Chat) -> str:

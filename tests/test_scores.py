@@ -5,6 +5,7 @@ import dataclasses
 import json
 import statistics
 
+import numpy as np
 import pytest
 from conftest import make_model, write_rows
 from transformers import (
@@ -29,14 +30,26 @@ from tasks.task import Chat, Format, Options, each
 
 def test_mean_over_items_and_over_groups():
     values, groups = [1.0, 0.0, 1.0, 1.0, 0.5, 0.5], list("aabbbb")
-    micro, macro = (scores.mean_of(values, groups, m) for m in (False, True))
+    micro, macro = (scores.mean_of(values, groups, m, [1] * 6) for m in (False, True))
     assert micro["score"] == pytest.approx(4 / 6) and macro["score"] == pytest.approx((0.5 + 0.75) / 2)
     assert micro["standard_error"] == pytest.approx(statistics.stdev(values) / 6**0.5)
     by_hand = (statistics.variance([1, 0]) / 2 + statistics.variance([1, 1, 0.5, 0.5]) / 4) ** 0.5 / 2
     assert macro["standard_error"] == pytest.approx(by_hand)
     assert macro["groups"] == {"a": {"score": 0.5, "n": 2}, "b": {"score": 0.75, "n": 4}}
-    single = scores.mean_of([1.0], [""], False)
+    single = scores.mean_of([1.0], [""], False, [1])
     assert single == {"score": 1.0, "standard_error": None, "groups": {}}
+
+
+def test_a_weighted_mean_and_its_error_against_a_bootstrap():
+    rng = np.random.default_rng(0)
+    values, weights = rng.normal(3, 1, size=200), rng.integers(1, 700, size=200)
+    got = scores.mean_of(values.tolist(), [""] * 200, False, weights.tolist())
+    assert got["score"] == pytest.approx((values * weights).sum() / weights.sum())
+    drawn = rng.integers(200, size=(20_000, 200))
+    means = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    assert got["standard_error"] == pytest.approx(means.std(), rel=0.03)
+    equal = scores.mean_of(values.tolist(), [""] * 200, False, [7] * 200)
+    assert equal["standard_error"] == pytest.approx(values.std(ddof=1) / 200**0.5)
 
 
 def test_a_prompt_that_is_too_long_scores_0_whatever_the_rule_says(tmp_path):

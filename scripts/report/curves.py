@@ -72,6 +72,8 @@ def draw_forgetting(groups: list[Group], new: str, retained: list[str], path: Pa
     """
     known = list(dict.fromkeys(job for group in groups for run in group.runs for job in run.scores))
     x_job, y_jobs = find_job(new, known), [find_job(word, known) for word in retained]
+    if losses := [job for job in (x_job, *y_jobs) if in_nats(groups, job)]:
+        raise UserError(f"--new, --retained: {losses[0]} is a loss, and the figure is of scores in per cent")
     groups = [group for group in groups if all(first_metric(group, job) for job in (x_job, *y_jobs))]
     if not groups:
         raise UserError(f"--new {new} --retained {' '.join(retained)}: no run has scores of all of these tasks")
@@ -97,7 +99,7 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
     """
     panels = {}
     jobs = list(dict.fromkeys(job for group in groups for run in group.runs for job in run.scores))
-    for job in jobs:
+    for job in [job for job in jobs if not in_nats(groups, job)]:
         here = [group for group in groups if first_metric(group, job)]
         lines: dict[str, list[Group]] = {}
         for group in here:
@@ -118,7 +120,9 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
             metric = first_metric(here[0], job)
             panels[f"{short(job, jobs)}: {metric}"] = (with_ratio, without)
     if not panels:
-        raise UserError("--sweep: no run here has a keep_ratio (its run.json is looked for beside the eval folder)")
+        raise UserError(
+            "--sweep: no run here has a keep_ratio (its run.json is looked for beside the eval folder) and a score in per cent"
+        )
     sensitivity_figure(panels, what_bars_are(groups), path)
 
 
@@ -139,6 +143,11 @@ def find_job(word: str, known: list[str]) -> str:
 def first_metric(group: Group, job: str) -> str:
     """The metric that is a task's score; empty where no run of the group has the task."""
     return next((next(iter(run.scores[job]["metrics"])) for run in group.runs if job in run.scores), "")
+
+
+def in_nats(groups: list[Group], job: str) -> bool:
+    """Whether a task's score is a loss, for which the tables are."""
+    return any(run.scores.get(job, {}).get("unit") == "nats" for group in groups for run in group.runs)
 
 
 def in_per_cent(group: Group, values: list[float], jobs: list[str]) -> tuple[float, float]:

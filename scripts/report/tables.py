@@ -71,13 +71,18 @@ def compare(first: Path, second: Path, name: str, metric: str) -> str:
     if [(line["id"], line["item"]) for line in lines[0]] != [(line["id"], line["item"]) for line in lines[1]]:
         return "other items"
     a, b = (np.array([float(line[metric]) for line in run]) for run in lines)
+    if task.weight:
+        weights, others = (np.array([float(line[task.weight]) for line in run]) for run in lines)
+        if not np.array_equal(weights, others):
+            return "other tokens"
+        a, b = (values * weights / weights.mean() for values in (a, b))  # whose mean is the weighted one
     if not task.macro and set(np.unique([a, b])) <= {0.0, 1.0}:
         return f"{100 * (b - a).mean():+.2f}, p = {mcnemar(a, b):.2g}"
     groups = [task.group(line["item"]) for line in lines[0]] if task.macro else [""] * len(a)
     share = Counter(groups)
     mean = sum((y - x) / share[g] for x, y, g in zip(a, b, groups, strict=True)) / len(share)
-    low, high = bootstrap(a, b, groups)
-    return f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    low, high = (shown(value, task.unit, "+") for value in bootstrap(a, b, groups))
+    return f"{shown(mean, task.unit, '+')} [{low}, {high}]"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,9 +90,19 @@ def compare(first: Path, second: Path, name: str, metric: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cell(value: dict[str, Any]) -> str:
+def shown(value: float, unit: str, sign: str = "") -> str:
+    """A share as per cent, a loss in nats as it is."""
+    return format(value, f"{sign}.4f") if unit == "nats" else format(100 * value, f"{sign}.2f")
+
+
+def unit_of(job: str, runs: list[Run]) -> str:
+    """The unit of a job's scores: share, or nats."""
+    return next(run.scores[job].get("unit", "share") for run in runs if job in run.scores)
+
+
+def cell(value: dict[str, Any], unit: str) -> str:
     error = value["standard_error"]
-    return f"{100 * value['score']:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+    return shown(value["score"], unit) + ("" if error is None else f" ± {shown(error, unit)}")
 
 
 def report(runs: list[Run]) -> str:
@@ -99,7 +114,7 @@ def report(runs: list[Run]) -> str:
         cells = []
         for job, metric in keys:
             value = run.scores.get(job, {}).get("metrics", {}).get(metric)
-            cells.append(cell(value) if value else "")
+            cells.append(cell(value, unit_of(job, runs)) if value else "")
             if value and run is not runs[0] and job in runs[0].scores:
                 cells[-1] += f" ({compare(runs[0].folder, run.folder, job, metric)})"
         rows.append([run.name, *facts(run), "" if run.seed is None else run.seed, *cells])
@@ -141,6 +156,8 @@ def notes(runs: list[Run]) -> list[str]:
         scored = [run for run in runs if job in run.scores]
         known = scored[0].scores[job]
         lines.append(f"- {job}: {known['n']} items, {known.get('dataset_version') or known.get('dataset', '')}")
+        if unit_of(job, runs) == "nats":
+            lines[-1] += "; nats per token, not per cent: less is better"
         for run in scored:
             entry = run.scores[job]
             if differ := [k for k in SETTINGS if entry.get(k) != known.get(k)]:
@@ -160,11 +177,12 @@ def over_seeds(groups: list[Group], keys: list[tuple[str, str]]) -> str:
         cells = []
         for job, metric in keys:
             values = group.values(job, metric)
-            text = plus_minus(list(values.values())) if values else ""
+            unit = unit_of(job, [run for group in groups for run in group.runs])
+            text = plus_minus(list(values.values()), unit) if values else ""
             others = several[0].values(job, metric)
             if group is not several[0] and len(common := sorted(set(values) & set(others) - {None})) > 1:
                 mean, half = interval([values[seed] - others[seed] for seed in common])
-                text += f" ({100 * mean:+.2f} ± {100 * half:.2f})"
+                text += f" ({shown(mean, unit, '+')} ± {shown(half, unit)})"
             cells.append(text)
         rows.append([group.name, *facts(group.first), len(group.runs), *cells])
     head = ["runs", "rule", "keep_ratio", "learning rate", "seeds", *(f"{job} {metric}" for job, metric in keys)]
@@ -175,9 +193,9 @@ def over_seeds(groups: list[Group], keys: list[tuple[str, str]]) -> str:
     )
 
 
-def plus_minus(values: list[float]) -> str:
+def plus_minus(values: list[float], unit: str) -> str:
     mean, half = interval(values)
-    return f"{100 * mean:.2f}" + ("" if math.isnan(half) else f" ± {100 * half:.2f}")
+    return shown(mean, unit) + ("" if math.isnan(half) else f" ± {shown(half, unit)}")
 
 
 def write_csv(runs: list[Run], path: Path) -> None:
