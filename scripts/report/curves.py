@@ -121,7 +121,8 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
             panels[f"{short(job, jobs)}: {metric}"] = (with_ratio, without)
     if not panels:
         raise UserError(
-            "--sweep: no run here has a keep_ratio (its run.json is looked for beside the eval folder) and a score in per cent"
+            "--sweep: no run here has a keep_ratio (its run.json is looked for beside the eval folder) and a score in "
+            "per cent"
         )
     sensitivity_figure(panels, what_bars_are(groups), path)
 
