@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may touch the network; read w
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("GMT_DATA_DIR", "/nonexistent"))  # real benchmark files, where there are any
@@ -52,7 +52,7 @@ def make_model(folder: Path, seed: int = 0, **overrides) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bytes_only, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
-    set_seed(seed)
+    torch.manual_seed(seed)
     config = {
         "vocab_size": len(vocab),
         "hidden_size": 32,

@@ -12,8 +12,9 @@ import random
 import sys
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import integrity
@@ -94,7 +95,7 @@ def save_random_model(
     folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 128, layers: int = 3
 ) -> LlamaForCausalLM:
     """A small Llama of random weights, with its tokenizer, in `folder`, which COMPLETED marks as finished."""
-    set_seed(seed)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

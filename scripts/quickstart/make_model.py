@@ -9,8 +9,9 @@ the rows' queries and responses; the context is 2,048 tokens.
 import sys
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.config import UserError, run_main
@@ -44,7 +45,7 @@ def main() -> None:
         raise UserError("two arguments are needed: a file of rows (query, response), and the folder to write")
     rows = list(read_columns(sys.argv[1], ("query", "response")))
     tokenizer = make_tokenizer([ALPACA] + [row["query"] + "\n" + row["response"] for row in rows], vocab_size=2048)
-    set_seed(0)
+    torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
