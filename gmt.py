@@ -14,8 +14,10 @@ In your own loop, between clipping and the optimizer's step, once per optimizer 
     optimizer.step()
 
 T is found exactly, by counting instead of sorting: with the sign bit cleared, the integer order of IEEE bit patterns
-is the order of magnitudes, so a histogram of the bits finds T in one pass for 16-bit floats, two for fp32, four for
-fp64, in chunks, so that temporary memory does not grow with the matrix.
+is the order of magnitudes. Histograms of the bits find T in one reading for 16-bit floats, two for fp32, four for fp64.
+On a CPU one reading serves for wide floats too: a random sample gives a bracket around T, what lies above it is
+counted, and T is found among the few entries inside. All of it goes in chunks, so that temporary memory hardly grows
+with the matrix. On a GPU gmt_triton.py does it, if it is there.
 
 GMT is one of a family of rules, which differ in what is large (the score), in when masks are chosen (refresh_every) and
 in what happens where M = 0 (masked_weights): see RULES. To add a rule, write a function from `Entries` to scores (the k
@@ -51,7 +53,8 @@ _INTEGER_OF = {
 COUNTS = ("entries", "kept", "nonzero", "energy", "nonzero_kept", "energy_kept")
 
 _DIGIT_BITS = 16  # a histogram has at most 2**16 bins; a key of 31 bits takes two passes
-_SORT_BELOW = 1 << 16  # entries; on a CPU kthvalue beats two histograms there, and is as exact
+_SORT_BELOW = 1 << 16  # entries; on a CPU kthvalue is fastest there, and as exact
+_SAMPLE = 1 << 16  # entries at most that are drawn to guess a threshold
 _SHARDED_BUCKET = 16  # matrices whose histograms (0.5 MiB each) share a collective
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # entries per chunk: the CPU's cache; enough work for a GPU
 
@@ -217,13 +220,8 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     if not 1 <= k <= scores.numel():
         raise ValueError(f"k must be between 1 and the {scores.numel()} entries of the tensor, got {k}")
 
-    def keys() -> Iterator[Tensor]:
-        for matrix in _split("", scores, scores, scores.shape, 0):
-            for _, chunk in _row_chunks(matrix.grad):
-                yield magnitude_keys(chunk.reshape(-1))
-
-    dtype = magnitude_keys(scores.reshape(-1)[:0]).dtype
-    return _is_kept(scores, _kth_largest_key(keys, scores.numel(), k, dtype, scores.device))
+    matrices = list(_split("", scores, scores, scores.shape, 0))
+    return _is_kept(scores, _kth_largest_key(matrices, _Scorer(score_gradient, {"": 0}), k))
 
 
 def magnitude_keys(scores: Tensor) -> Tensor:
@@ -502,10 +500,8 @@ class Masker:
         matrices, all_reduce = _matrices(grads, self.eligible)
         if check_finite and matrices:
             _raise_if_not_finite(matrices, all_reduce)
-        at_once = self.score == "gradient" and self.refresh_every == 1 and not (stats or jaccard or keep_bits)
-        if at_once and (kernels := _kernels_for(matrices)):
-            units = _units(matrices, all_reduce, self.scope)
-            kernels.mask_(_gradients(units), _thresholds_by(kernels, units, all_reduce, self.keep_ratio))
+        if self.score == "gradient" and self.refresh_every == 1 and not (stats or jaccard or keep_bits):
+            _zero_all_but_largest(matrices, all_reduce, self.keep_ratio, self.scope)
             return None, {}
         counts, bits = {}, {}
         masks = self._masks(matrices, all_reduce, step, optimizer)
@@ -513,10 +509,10 @@ class Masker:
             flat = []
             for _, g, mask in chunks:
                 before = _nonzero_and_energy(g) if stats else None
-                if self.masked_weights != "update":  # there the moments see the whole gradient
-                    g.mul_(mask)
+                # under `update` the moments see the whole gradient
+                masked = g.mul_(mask) if self.masked_weights != "update" else g * mask if stats else None
                 if stats:
-                    now = torch.stack([mask.sum().double(), *before, *_nonzero_and_energy(g * mask)])
+                    now = torch.stack([mask.sum().double(), *before, *_nonzero_and_energy(masked)])
                     counts[name] = counts.get(name, 0) + now
                 if keep_bits or jaccard:
                     flat.append(mask.flatten())
@@ -578,9 +574,8 @@ class Masker:
         """Masks chosen by the score, now."""
         seeds = {name: _parameter_seed(self.seed, step, name) for name in self.eligible}
         moment_of = _first_moments(optimizer, self.eligible)
-        scored = functools.partial(_scored, score=SCORES[self.score], seeds=seeds, moment_of=moment_of)
-        kernels = _kernels_for(matrices) if self.score == "gradient" else None
-        return _select(matrices, all_reduce, scored, self.keep_ratio, self.scope, kernels)
+        scorer = _Scorer(SCORES[self.score], seeds, moment_of)
+        return _select(matrices, all_reduce, scorer, self.keep_ratio, self.scope)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,102 +719,134 @@ def _is_kept(scores: Tensor, threshold: Tensor) -> Tensor:
 
 
 _MaskedChunk = tuple[_Matrix, Tensor, Tensor]  # (matrix, a chunk of its gradient as a view, that chunk's mask)
-_Scored = Callable[[_Matrix], Iterator[tuple[Tensor, Tensor]]]  # gives (a chunk of the gradient, its scores, flat)
 
 
 def _units(matrices: list[_Matrix], all_reduce: _AllReduce, scope: str) -> list[list[_Matrix]]:
     """The matrices that share a threshold."""
+    if not matrices:
+        return []
     # one histogram, or one collective, for matrices whose keys have different widths would mix up their digits
     if (scope == "model" or all_reduce) and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
         raise ValueError(f"with scope model or shards all gradients must have one dtype, got {dtypes}")
     return [matrices] if scope == "model" else [[m] for m in matrices]
 
 
-def _select(
-    matrices: list[_Matrix],
-    all_reduce: _AllReduce,
-    scored: _Scored,
-    keep_ratio: float,
-    scope: str,
-    kernels: Any = None,
-) -> Iterator[_MaskedChunk]:
-    """Choose the entries with the largest scores; yields in the order of `matrices`.
+class _Scorer(NamedTuple):
+    """Gives the scores of a matrix's entries."""
 
-    kernels: gmt_triton, where the scores are the gradients and it serves for them; None: count by torch.
-    """
-    if not matrices:
-        return
-    units = _units(matrices, all_reduce, scope)
-    if kernels:
-        thresholds = zip(units, _thresholds_by(kernels, units, all_reduce, keep_ratio), strict=True)
-    else:
-        thresholds = _thresholds(units, all_reduce, scored, keep_ratio)
-    for unit, threshold in thresholds:
+    score: Callable[[Entries], Tensor]
+    seeds: dict[str, int]  # per parameter
+    moment_of: Callable[[str, slice | Tensor, Tensor], Tensor] | None = None  # see _first_moments
+
+    def chunks(self, m: _Matrix) -> Iterator[tuple[Tensor, Tensor]]:
+        """(a chunk of the gradient, a view; its scores, flat); at least one chunk, maybe empty."""
+        for (offset, g), (_, w) in zip(_row_chunks(m.grad), _row_chunks(m.weight), strict=True):
+            start = m.start + offset
+            places = slice(start, start + g.numel())
+            yield g, self._scores(m, m.offset + offset, places, g.reshape(-1), w.reshape(-1))
+
+    def sample(self, m: _Matrix, count: int) -> Tensor:
+        """(count,) scores of entries that are drawn at random; those of a random score are of other entries."""
+        counter = Entries(m.grad.new_empty(count), m.grad, 0, 0)
+        places = (score_random(counter).long() * m.grad.numel()) >> 31
+        grad = m.grad.take(places)
+        weight = (
+            grad if self.score is score_gradient else m.weight.take(places)
+        )  # unused there, and far apart in memory
+        return self._scores(m, m.offset, m.start + places, grad, weight)
+
+    def _scores(self, m: _Matrix, offset: int, places: slice | Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        moment = functools.partial(self.moment_of, m.name, places, grad) if self.moment_of else None
+        return self.score(Entries(grad, weight, offset, self.seeds[m.name], moment))
+
+
+def _select(
+    matrices: list[_Matrix], all_reduce: _AllReduce, scorer: _Scorer, keep_ratio: float, scope: str
+) -> Iterator[_MaskedChunk]:
+    """Choose the entries with the largest scores; yields in the order of `matrices`."""
+    for unit, threshold in _thresholds(_units(matrices, all_reduce, scope), all_reduce, scorer, keep_ratio):
         for m in unit:
-            for g, scores in scored(m):
+            for g, scores in scorer.chunks(m):
                 yield m, g, _is_kept(scores, threshold).view_as(g)
 
 
-def _scored(
-    m: _Matrix,
-    score: Callable[[Entries], Tensor],
-    seeds: dict[str, int],
-    moment_of: Callable[[str, int, Tensor], Tensor],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(a chunk of the gradient, a view; its scores, flat); at least one chunk, maybe empty."""
-    for (offset, g), (_, w) in zip(_row_chunks(m.grad), _row_chunks(m.weight), strict=True):
-        grad = g.reshape(-1)
-        moment = functools.partial(moment_of, m.name, m.start + offset, grad)
-        yield g, score(Entries(grad, w.reshape(-1), m.offset + offset, seeds[m.name], moment))
+def _zero_all_but_largest(matrices: list[_Matrix], all_reduce: _AllReduce, keep_ratio: float, scope: str) -> None:
+    """GMT's mask, in place: as _select by the gradient and a multiplication, but written in one pass."""
+    units = _units(matrices, all_reduce, scope)
+    scorer = _Scorer(score_gradient, {m.name: 0 for m in matrices})
+    thresholds = _thresholds(units, all_reduce, scorer, keep_ratio)
+    if kernels := _kernels_for(matrices):
+        kernels.mask_(_gradients(units), torch.stack([threshold for _, threshold in thresholds]))
+        return
+    for unit, threshold in thresholds:
+        for m in unit:
+            for _, g in _row_chunks(m.grad):
+                _zero_below_(g, threshold)
+
+
+def _zero_below_(g: Tensor, threshold: Tensor) -> None:
+    """Set to 0, in place, the entries whose key is below the threshold."""
+    if g.device.type == "cpu":  # in one pass: hardshrink sets to 0 what is not above a number, here the one below T
+        below = (threshold.clamp(min=1) - 1).to(_INTEGER_OF[g.dtype]).view(g.dtype)
+        torch.ops.aten.hardshrink.out(g, below.item(), out=g)
+    else:
+        g.mul_(_is_kept(g, threshold))
 
 
 def _first_moments(
     optimizer: torch.optim.Optimizer | None, parameters: dict[str, nn.Parameter]
-) -> Callable[[str, int, Tensor], Tensor]:
-    """A function (name, place of the first entry in this process's part, gradient) -> Adam's first moment after this
-    step, computed as torch's AdamW does."""
+) -> Callable[[str, slice | Tensor, Tensor], Tensor]:
+    """A function (name, places of the entries in this process's part, their gradients) -> their first moments in Adam
+    after this step, computed as torch's AdamW does."""
     beta1 = {
         id(p): group.get("betas", (None,))[0]
         for group in (optimizer.param_groups if optimizer else ())
         for p in group["params"]
     }
 
-    def moment(name: str, start: int, grad: Tensor) -> Tensor:
+    def moment(name: str, places: slice | Tensor, grad: Tensor) -> Tensor:
         if optimizer is None:
             raise ValueError("score moment needs the optimizer: mask_gradients(step, optimizer=optimizer)")
         p = parameters[name]
         state = optimizer.state.get(p, {})
         if beta1.get(id(p)) is None or (state and "exp_avg" not in state):
             raise ValueError(f"score moment needs torch's Adam or AdamW, got {type(optimizer).__name__}")
-        held = _here(state["exp_avg"]).reshape(-1)[start : start + grad.numel()] if state else torch.zeros_like(grad)
+        held = _here(state["exp_avg"]).reshape(-1)[places] if state else torch.zeros_like(grad)
         return torch.lerp(held, grad, 1 - beta1[id(p)])
 
     return moment
 
 
 def _thresholds(
-    units: list[list[_Matrix]], all_reduce: _AllReduce, scored: _Scored, keep_ratio: float
+    units: list[list[_Matrix]], all_reduce: _AllReduce, scorer: _Scorer, keep_ratio: float
 ) -> Iterator[tuple[list[_Matrix], Tensor]]:
     """(the matrices that share a threshold, the threshold as a key)."""
+    numbers = [sum(m.numel for m in unit) for unit in units]
+    ks = [keep_count(n, keep_ratio) for n in numbers]
+    is_gradient = scorer.score is score_gradient
+    if is_gradient and units and (kernels := _kernels_for([m for unit in units for m in unit])):
+        yield from zip(units, kernels.kth_largest_keys(_gradients(units), ks, numbers, all_reduce), strict=True)
+    elif all_reduce is None:
+        for unit, k in zip(units, ks, strict=True):
+            yield unit, _kth_largest_key(unit, scorer, k)
+    else:
+        for i in range(0, len(units), _SHARDED_BUCKET):  # together they share a collective
+            bucket = units[i : i + _SHARDED_BUCKET]
+            sources = [functools.partial(_keys, unit, scorer) for unit in bucket]
+            bucket_ks = ks[i : i + _SHARDED_BUCKET]
+            dtype, device = _key_dtype(bucket[0][0], scorer), bucket[0][0].grad.device
+            yield from zip(bucket, kth_largest_keys(sources, bucket_ks, dtype, device, all_reduce), strict=True)
 
-    def keys(unit: list[_Matrix]) -> Iterator[Tensor]:
-        for m in unit:
-            for _, scores in scored(m):
-                yield magnitude_keys(scores)
 
-    size = 1 if all_reduce is None else _SHARDED_BUCKET  # together they share a collective
-    for bucket in (units[i : i + size] for i in range(0, len(units), size)):
-        numbers = [sum(m.numel for m in unit) for unit in bucket]
-        ks = [keep_count(n, keep_ratio) for n in numbers]
-        sources = [functools.partial(keys, unit) for unit in bucket]
-        head = bucket[0][0]
-        _, few = next(scored(head._replace(grad=head.grad[:1], weight=head.weight[:1])))
-        dtype = magnitude_keys(few).dtype
-        if all_reduce is None:
-            found = [_kth_largest_key(sources[0], numbers[0], ks[0], dtype, head.grad.device)]
-        else:
-            found = kth_largest_keys(sources, ks, dtype, head.grad.device, all_reduce)
-        yield from zip(bucket, found, strict=True)
+def _keys(unit: list[_Matrix], scorer: _Scorer) -> Iterator[Tensor]:
+    for m in unit:
+        for _, scores in scorer.chunks(m):
+            yield magnitude_keys(scores)
+
+
+def _key_dtype(m: _Matrix, scorer: _Scorer) -> torch.dtype:
+    _, few = next(scorer.chunks(m._replace(grad=m.grad[:1], weight=m.weight[:1])))
+    return magnitude_keys(few).dtype
 
 
 @functools.cache
@@ -842,14 +869,6 @@ def _kernels_for(matrices: list[_Matrix]) -> Any:
 
 def _gradients(units: list[list[_Matrix]]) -> list[list[Tensor]]:
     return [[m.grad for m in unit] for unit in units]
-
-
-def _thresholds_by(kernels: Any, units: list[list[_Matrix]], all_reduce: _AllReduce, keep_ratio: float) -> Tensor:
-    """(units,) int64: their thresholds as keys, by gmt_triton."""
-    numbers = [sum(m.numel for m in unit) for unit in units]
-    return kernels.kth_largest_keys(
-        _gradients(units), [keep_count(n, keep_ratio) for n in numbers], numbers, all_reduce
-    )
 
 
 def _low_rank_bits(name: str, p: nn.Parameter, rank: int, keep_ratio: float, seed: int) -> Tensor:
@@ -897,7 +916,7 @@ def kth_largest_keys(
     Returns:
         (len(ks),) int64 on `device`, found without waiting for it. One all_reduce a digit serves all the sets.
     """
-    k = torch.tensor(ks, device=device)
+    k = torch.stack([torch.full((), k, dtype=torch.int64, device=device) for k in ks])  # without waiting for a copy
     prefix = torch.zeros_like(k)  # the digits found so far
     top = torch.iinfo(dtype).bits - _DIGIT_BITS
     for shift in range(top, -1, -_DIGIT_BITS):
@@ -915,11 +934,61 @@ def kth_largest_keys(
     return prefix
 
 
-def _kth_largest_key(source: Callable[[], Iterable[Tensor]], n: int, k: int, dtype: torch.dtype, device) -> Tensor:
-    """The k-th largest of n keys of this process, by the faster of two exact ways."""
-    if n < _SORT_BELOW and device.type == "cpu":
-        return torch.cat(list(source())).kthvalue(n - k + 1).values
-    return kth_largest_keys([source], [k], dtype, device)[0]
+def _kth_largest_key(unit: list[_Matrix], scorer: _Scorer, k: int) -> Tensor:
+    """The k-th largest key of matrices that this process has whole, by the fastest of three exact ways.
+
+    On a CPU: few keys are sorted in part; of wide keys one reading serves, where two histograms would take two.
+    """
+    n = sum(m.numel for m in unit)
+    device, dtype = unit[0].grad.device, _key_dtype(unit[0], scorer)
+    if device.type == "cpu" and n < _SORT_BELOW:
+        return torch.cat(list(_keys(unit, scorer))).kthvalue(n - k + 1).values
+    if device.type == "cpu" and torch.iinfo(dtype).bits > _DIGIT_BITS:
+        drawn = min(_SAMPLE, n // 512 + 4096)
+        sample = [magnitude_keys(scorer.sample(m, -(-drawn * m.numel // n))) for m in unit]
+        found = _kth_in_bracket(_keys(unit, scorer), *_bracket(torch.cat(sample), k / n), k, n)
+        if found is not None:
+            return found
+    return kth_largest_keys([functools.partial(_keys, unit, scorer)], [k], dtype, device)[0]
+
+
+def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
+    """(low, high): between them, both included, the key is that is exceeded by `share` of all, nearly always."""
+    s = sample.numel()
+    spread = 3 * (s * share * (1 - share)) ** 0.5 + 1  # three standard deviations of the rank
+    first, last = int(share * s - spread), int(share * s + spread) + 1  # ranks from the largest
+    high = int(sample.kthvalue(s - first + 1).values) if first >= 1 else torch.iinfo(sample.dtype).max
+    low = int(sample.kthvalue(s - last + 1).values) if last <= s else 0
+    return low, high
+
+
+def _kth_in_bracket(chunks: Iterable[Tensor], low: int, high: int, k: int, n: int) -> Tensor | None:
+    """The k-th largest of n keys, in one reading; None where it is not in the bracket, or too many are.
+
+    Comparisons, which make a bool of each entry, are slow on a CPU; signs of differences are not. Of each four entries
+    at equal places of a chunk's quarters one look tells whether any is inside.
+    """
+    above, at_or_above, inside, held = 0, 0, [], 0
+    for keys in chunks:
+        sign = torch.iinfo(keys.dtype).bits - 1
+        over = high - keys  # below 0 above the bracket
+        if low == high:
+            above -= int((over >> sign).sum(dtype=keys.dtype))
+            at_or_above += keys.numel() + int(((keys - low) >> sign).sum(dtype=keys.dtype))
+            continue
+        outside = ((high - low) - over).bitwise_or_(over)  # below 0 outside of it
+        above -= int(over.bitwise_right_shift_(sign).sum(dtype=keys.dtype))
+        whole = keys.numel() // 4 * 4
+        hits = (outside[:whole].view(4, -1).amax(0) >= 0).nonzero().squeeze(1)
+        few = torch.cat([keys[:whole].view(4, -1).index_select(1, hits).flatten(), keys[whole:]])
+        inside.append(few[(few >= low) & (few <= high)])
+        held += inside[-1].numel()
+        if held > n // 8 + _SORT_BELOW:  # many equal keys
+            return None
+    if low == high:
+        return torch.tensor(low) if above < k <= at_or_above else None
+    rank = k - above
+    return torch.cat(inside).kthvalue(held - rank + 1).values if 1 <= rank <= held else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,11 +39,15 @@ def tensors(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", ["kthvalue", "bincount", "histc"])
+@pytest.mark.parametrize("path", ["kthvalue", "bracket", "missed bracket", "bincount", "histc"])
 def test_mask_is_that_of_a_full_sort(dtype, path, monkeypatch):
-    """Each of the three ways to the threshold, on every kind of tensor, with chunks smaller than the tensor."""
+    """Each of the ways to the threshold, on every kind of tensor, with chunks smaller than the tensor."""
     monkeypatch.setitem(gmt._CHUNK, "cpu", 1000)
     monkeypatch.setattr(gmt, "_SORT_BELOW", 10**9 if path == "kthvalue" else 0)
+    if path == "missed bracket":
+        monkeypatch.setattr(gmt, "_bracket", lambda sample, share: (int(sample.max()) // 2, int(sample.max()) - 1))
+    if path in ("bincount", "histc"):
+        monkeypatch.setattr(gmt, "_kth_in_bracket", lambda *args: None)
     if path == "histc":  # the GPU's way, on the CPU
         monkeypatch.setattr(torch, "bincount", histc_instead_of_bincount)
     for name, t in tensors(dtype):
@@ -112,6 +116,83 @@ def test_temporary_memory_does_not_grow_with_the_tensor(monkeypatch):
             gmt.Masker([("w", p)], rule, 0.2).mask_gradients(0, check_finite=False)
         # mul_ returns a chunk of the gradient itself, a view
         assert largest.entries <= max(gmt._CHUNK["cpu"], 2**16), rule
+
+
+def readings(monkeypatch, masker) -> int:
+    """How often a masker goes through the scores of its one matrix."""
+    seen, chunks = [], gmt._Scorer.chunks
+
+    def look(self, m):
+        seen.append(m.grad.numel())
+        return chunks(self, m)
+
+    monkeypatch.setattr(gmt._Scorer, "chunks", look)
+    masker.mask_gradients(0)
+    (p,) = masker.eligible.values()
+    return seen.count(p.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["random", "heavy-tailed", "rows", "mostly zero", "constant"])
+def test_a_threshold_takes_one_reading(kind, dtype, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    grad = torch.randn(500, 700, generator=g)
+    grad = {
+        "random": grad,
+        "heavy-tailed": grad / torch.rand(500, 700, generator=g),
+        "rows": grad * torch.arange(500).view(-1, 1),  # with sizes of their own
+        "mostly zero": grad * (torch.arange(500) < 20).view(-1, 1),  # an embedding's
+        "constant": torch.full((500, 700), -0.5),
+    }[kind].to(dtype)
+    p = nn.Parameter(torch.zeros(500, 700, dtype=dtype))
+    p.grad = grad.clone()
+    assert readings(monkeypatch, gmt.Masker([("w", p)], "gmt", 0.2)) == 1
+    assert torch.equal(p.grad, grad * slow_mask(grad, 70000))
+
+
+def test_random_masks_take_one_reading_too(monkeypatch):
+    p = nn.Parameter(torch.zeros(500, 700))
+    p.grad = torch.ones(500, 700)
+    assert readings(monkeypatch, gmt.Masker([("w", p)], "rmt", 0.2)) == 2  # and one to apply the mask
+    assert p.grad.sum() == 70000
+
+
+def test_a_bracket_with_too_many_equal_keys_is_given_up():
+    keys = torch.arange(1 << 20, dtype=torch.int32) % 3
+    assert gmt._kth_in_bracket(keys.split(1 << 18), 0, 1, 1 << 19, 1 << 20) is None
+    assert gmt._kth_in_bracket(keys.split(1 << 18), 1, 1, 1 << 19, 1 << 20) == 1  # of one key they are but counted
+
+
+@pytest.mark.parametrize("rule", ["gmt", "rmt", "mofo", "super_tuning"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_nothing_waits_for_a_gpu(rule, scope, monkeypatch):
+    """On tensors without values, which take the GPU's way: what would wait for a value raises, as do copies to it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoCopies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor) and t.dim()]
+            assert len({t.device.type for t in tensors}) < 2, f"{func} copies between host and device"
+            return out
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("copies a list to the device")
+
+    parameters = [(str(i), nn.Parameter(torch.zeros(300, 400, device="meta"))) for i in range(3)]
+    for _, p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW([p for _, p in parameters], foreach=False)
+    masker = gmt.Masker(parameters, rule, 0.2, scope=scope, masked_weights="momentum")
+    monkeypatch.setattr(torch, "tensor", refuse)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", refuse)
+    with NoCopies():
+        masker.mask_gradients(0, optimizer=optimizer, check_finite=False)
+        with pytest.raises(AssertionError, match="copies between host and device"):  # it is seen
+            parameters[0][1].detach().copy_(torch.zeros(300, 400))
+    for waits in ({"check_finite": True}, {"stats": True, "check_finite": False}):
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"item\(\)|meta"):
+            masker.mask_gradients(0, optimizer=optimizer, **waits)
 
 
 # --- Masker ----------------------------------------------------------------------------------------------------------
