@@ -208,6 +208,7 @@ COMMANDS = commands_of(ALL)
 # The beginning of a command: the test that runs it, or the script that tests run. Only what a document names counts.
 RUN_BY = {
     "bash scripts/quickstart.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
+    "python scripts/get_smollm2.py": "tests/test_get_smollm2.py::test_the_model_is_an_ordinary_folder_and_answers",
     "bash scripts/quickstart_dpo.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
     "bash scripts/gsm8k_from_scratch.sh": "tests/test_scripts.py::test_the_real_gsm8k_goes_through_whole",
     "python scripts/quickstart/tune.py": "tests/test_scripts.py::test_quickstart_tune_takes_the_best_rate_of_each_rule",
