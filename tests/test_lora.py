@@ -119,6 +119,13 @@ def test_only_the_targets_change_by_a_matrix_of_low_rank(tmp_path, train_args, m
 # --- what is saved ---------------------------------------------------------------------------------------------------
 
 
+def test_dropout_changes_the_training(trained, tmp_path, train_args):
+    train.main(train_args(tmp_path / "run", *LORA, *FP64))
+    assert not same(adapter(tmp_path / "run"), adapter(trained))
+    train.main(train_args(tmp_path / "same", *LORA, *FP64, "--lora_dropout", "0.1"))
+    assert same(adapter(tmp_path / "same"), adapter(trained))
+
+
 def test_the_merged_model_is_base_and_adapter(trained, model_dir):
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
     ids = torch.randint(0, 250, (3, 20), generator=torch.Generator().manual_seed(0))

@@ -32,6 +32,7 @@ for bits, key_bits in ((tl.int16, 15), (tl.int32, 31)):
 """
 
 
+@pytest.mark.slow  # Triton's interpreter takes a minute
 def test_equal_to_the_plain_path_in_the_interpreter():
     """A process of its own: the interpreter is chosen when triton is imported, for all kernels of the process."""
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreted.py", TRITON_INTERPRET="1")
