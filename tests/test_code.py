@@ -431,6 +431,12 @@ def not_passed(name: str, items: list[dict]) -> list:
     ]
 
 
+def not_passed_twice(name: str, items: list[dict]) -> list:
+    """Items that do not pass in two tries: beside another test, a limit of time may pass for a right program, too."""
+    failed = not_passed(name, items)
+    return not_passed(name, [item for item in items if item["task_id"] in failed]) if failed else []
+
+
 SIZES = {"humaneval": 164, "humaneval_plus": 164, "mbpp": 500, "mbpp_plus": 378}
 
 
@@ -448,7 +454,7 @@ def test_some_reference_solutions_pass(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_all_reference_solutions_pass(name):
-    assert not_passed(name, load(name, DATA)) == []
+    assert not_passed_twice(name, load(name, DATA)) == []
 
 
 @REAL
@@ -457,8 +463,8 @@ def test_all_reference_solutions_pass(name):
 def test_some_reference_solutions_under_the_hubs_tests():
     """HumanEval/32 fails there: its special oracle is missing. (Of all of MBPP+, Mbpp/255 fails: its size.)"""
     items = load("humaneval_plus", DATA, DATA / HUB_PLUS)
-    assert not_passed("humaneval_plus", items[::8]) == ["HumanEval/32"]
-    assert not_passed("mbpp_plus", load("mbpp_plus", DATA, DATA / HUB_MBPP_PLUS)[::16]) == []
+    assert not_passed_twice("humaneval_plus", items[::8]) == ["HumanEval/32"]
+    assert not_passed_twice("mbpp_plus", load("mbpp_plus", DATA, DATA / HUB_MBPP_PLUS)[::16]) == []
 
 
 @REAL
