@@ -111,13 +111,19 @@ def main() -> None:
     model = generation.Model(network, tokenizer, ends, pad, context)
     answers: dict[str, list[str]] = {}
 
+    def plain(text: str) -> str:
+        """Without special tokens, which eval.py shows where they end nothing, and lm-eval leaves out."""
+        for token in tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text
+
     def ours() -> None:
         ids = tokenizer(prompts)["input_ids"]
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         decoding = Decoding(args.max_new_tokens, STOP)
         said = generation.generate(model, [ids[i] for i in order], decoding, [""] * len(order), args.batch_size)
         said = [s for _, s in sorted(zip(order, said, strict=True), key=lambda pair: pair[0])]
-        answers["ours"], answers["lengths"] = [s["completion"] for s in said], [s["tokens"] for s in said]
+        answers["ours"], answers["lengths"] = [plain(s["completion"]) for s in said], [s["tokens"] for s in said]
 
     def lm_eval() -> None:
         how = {"until": list(STOP), "max_gen_toks": args.max_new_tokens, "do_sample": False}
