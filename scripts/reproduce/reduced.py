@@ -240,7 +240,10 @@ def main() -> None:
     for name in SHAPES:
         reduced_model(folder / "models" / name, name, reduced_tokenizer(name))
     for name, row in ROWS.items():
-        write_rows(folder / "datasets" / name / "rows.jsonl", [row(i) for i in range(16)])
+        split = "train_prefs" if "ultrafeedback" in name else "train"  # in the file's name, as the Hub has it
+        file = folder / "datasets" / name / "data" / f"{split}-00000-of-00001.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(file, [row(i) for i in range(16)])
     for family in (mathematics, code, general):
         family(folder / "benchmarks")
     (folder / "COMPLETED").touch()
