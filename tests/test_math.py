@@ -334,7 +334,8 @@ def test_some_real_gold_answers_of_math_in_workers():
 @pytest.mark.slow
 @needs_data("math/test.jsonl.gz")
 def test_all_real_gold_answers_of_math_in_workers():
-    assert check_math(1) == 4999
+    """math-verify takes all 5,000: it finds the box, and a point behind a formula does not disturb it."""
+    assert check_math(1) == 5000
 
 
 # --- untrusted text --------------------------------------------------------------------------------------------------
