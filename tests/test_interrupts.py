@@ -94,14 +94,12 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, train
 
 
 @pytest.mark.slow
-def test_thirty_kills_lose_nothing(tmp_path, train_args):
+def test_sixteen_kills_lose_nothing(tmp_path, train_args):
     """SIGKILL at random moments, also inside a save: every resume works, and the weights are those of a quiet run."""
     rng = random.Random(0)
     rules = {
-        "none": ["--rule", "none"],
         "gmt": ["--rule", "gmt", "--keep_ratio", "0.3"],
-        "rmt": ["--rule", "rmt", "--keep_ratio", "0.3"],
-        "hft": ["--rule", "hft"],
+        "sift": ["--rule", "sift", "--keep_ratio", "0.3"],
         "frozen": ["--rule", "gmt", "--keep_ratio", "0.3", "--masked_weights", "frozen"],
         "grad_square": ["--rule", "grad_square", "--keep_ratio", "0.3", "--calibration_steps", "2"],
     }
@@ -112,7 +110,7 @@ def test_thirty_kills_lose_nothing(tmp_path, train_args):
         assert whole.wait(timeout=300) == 0
         folder = tmp_path / name
         resume: list[str] = []
-        for _ in range(5):
+        for _ in range(4):
             process = start(train_args(folder, *words, *resume))
             wait_for_new_step(folder, process)
             time.sleep(rng.uniform(0, 0.4))
@@ -127,7 +125,7 @@ def test_thirty_kills_lose_nothing(tmp_path, train_args):
         assert same_weights(folder, tmp_path / f"{name}_whole"), name
         assert read_metrics(folder) == read_metrics(tmp_path / f"{name}_whole"), name
     print(f"{kills} kills, {inside_a_save} of them inside a save")
-    assert kills == 30 and inside_a_save > 0
+    assert kills == 16 and inside_a_save > 0
 
 
 def wait_for_new_step(folder: Path, process: subprocess.Popen) -> None:

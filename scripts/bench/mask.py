@@ -5,7 +5,9 @@ python scripts/bench/mask.py --json outputs/bench_mask.json
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,30 +40,40 @@ def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:
     return p
 
 
-def ways(shape: tuple[int, int], dtype: torch.dtype, keep_ratio: float) -> dict:
-    """Ways to mask a gradient in place; each does it anew, on a gradient that is not masked."""
-    p = parameter(shape, dtype)
-    g, k = p.grad, gmt.keep_count(p.numel(), keep_ratio)
+def ways(p: torch.nn.Parameter, g: torch.Tensor, keep_ratio: float) -> dict[str, Callable]:
+    """Ways to mask p.grad, which holds a copy of g before each."""
+    k, masked = gmt.keep_count(g.numel(), keep_ratio), p.grad
     masker = gmt.Masker([("w", p)], "gmt", keep_ratio)
     random = gmt.Masker([("w", p)], "rmt", keep_ratio)
-    masked = torch.empty_like(g)
-
-    def ours(masker):
-        p.grad = masked.copy_(g)  # the other ways write into `masked` too
-        masker.mask_gradients(0, check_finite=False)
 
     def by_threshold(threshold):
         torch.mul(g, g.abs() >= threshold, out=masked)
 
     return {
-        "gmt": lambda: ours(masker),
-        "rmt": lambda: ours(random),
+        "gmt": lambda: masker.mask_gradients(0, check_finite=False),
+        "rmt": lambda: random.mask_gradients(0, check_finite=False),
         "topk": lambda: masked.zero_().view(-1).index_copy_(0, i := g.abs().view(-1).topk(k).indices, g.view(-1)[i]),
         "kthvalue": lambda: by_threshold(g.abs().view(-1).kthvalue(g.numel() - k + 1).values),
         "sort": lambda: by_threshold(g.abs().view(-1).sort().values[-k]),
         "abs().sum()": lambda: g.abs().sum(),
         "read": lambda: torch.linalg.vector_norm(g, ord=1),
     }
+
+
+def growth_row(n: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
+    """gmt's time and largest temporary tensor on a matrix of about n entries."""
+    p = parameter((max(1, n // 1000), 1000), dtype)
+    g, masker = p.grad.clone(), gmt.Masker([("w", p)], "gmt", args.keep_ratio)
+
+    def mask():
+        masker.mask_gradients(0, check_finite=False)
+
+    ms = 1000 * bench.median(bench.interleaved({"": mask}, args.repeats, lambda: p.grad.copy_(g))[""])
+    p.grad.copy_(g)
+    with LargestTemporary() as largest:
+        mask()
+    row = {"entries": n, "dtype": str(dtype)[6:], "ms": ms, "ns an entry": 1e6 * ms / n}
+    return row | {"largest temporary, MiB": largest.bytes / 2**20}
 
 
 def main() -> None:
@@ -74,27 +86,14 @@ def main() -> None:
     args = parser.parse_args()
     rows, growth = [], []
     for dtype in (torch.bfloat16, torch.float32):
-        times = bench.interleaved(ways(args.shape, dtype, args.keep_ratio), args.repeats)
+        p = parameter(args.shape, dtype)
+        g = p.grad.clone()
+        times = bench.interleaved(ways(p, g, args.keep_ratio), args.repeats, lambda p=p, g=g: p.grad.copy_(g))
         gmt_time = bench.median(times["gmt"])
         for name, values in times.items():
             ms = 1000 * bench.median(values)
             rows.append({"way": name, "dtype": str(dtype)[6:], "ms": ms, "times gmt's": ms / 1000 / gmt_time})
-        entries = {n: parameter((max(1, n // 1000), 1000), dtype) for n in args.growth}
-        maskers = {n: gmt.Masker([("w", p)], "gmt", args.keep_ratio) for n, p in entries.items()}
-        calls = {n: lambda m=m: m.mask_gradients(0, check_finite=False) for n, m in maskers.items()}
-        for n, values in bench.interleaved(calls, args.repeats).items():
-            with LargestTemporary() as largest:
-                maskers[n].mask_gradients(0, check_finite=False)
-            ms = 1000 * bench.median(values)
-            growth.append(
-                {
-                    "entries": n,
-                    "dtype": str(dtype)[6:],
-                    "ms": ms,
-                    "ns an entry": 1e6 * ms / n,
-                    "largest temporary, MiB": largest.bytes / 2**20,
-                }
-            )
+        growth += [growth_row(n, dtype, args) for n in args.growth]
     print(f"masking {args.shape[0]} x {args.shape[1]}, keep_ratio {args.keep_ratio}, on {bench.hardware()}")
     bench.show(rows)
     print("\nhow gmt's time grows")

@@ -31,11 +31,17 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times after a warm-up, in turn: what disturbs the machine disturbs all alike."""
+def interleaved(
+    calls: dict[str, Callable[[], Any]], repeats: int, prepare: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each call, `repeats` times after a warm-up, in turn: what disturbs the machine disturbs all alike.
+
+    `prepare` comes before each call and is not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats + 1):
         for name, call in calls.items():
+            prepare()
             spent = seconds(call)
             if i:
                 times[name].append(spent)
