@@ -227,6 +227,7 @@ RUN_BY = {
     "sbatch scripts/slurm.sh": "tests/test_slurm.py::test_a_signal_reaches_the_training_processes",
     "python scripts/download.py": "tests/test_download.py::test_a_run_goes_without_the_hub",
     "python scripts/bench/": "tests/test_bench.py::test_it_measures",
+    "python scripts/merge.py greedy": "tests/test_merge.py::test_greedy_by_eval_itself",
     "bash scripts/study.sh": "tests/test_study.py::test_a_tiny_study_runs_whole",
     "python scripts/report.py results": "tests/test_study.py::test_the_report_finds_what_is_there",
     "torchrun --nproc_per_node": "tests/test_distributed.py::test_whole_runs_agree_on_1_2_and_3_processes_in_fp64",
@@ -306,8 +307,6 @@ def test_a_command_runs_here(command, stand_in, monkeypatch, capsys):
         from scripts.report import tables as report
 
         words = [str(path) for word in words for path in (sorted(stand_in.glob(word)) if "*" in word else [word])]
-        if words[0] == "greedy":
-            words += ["--data_dir", str(stand_in), *FAST[2:]]
         if words[0] == "fisher":
             words += ["--dataset", f"{stand_in / 'rows.jsonl'}:2"]
         {"scripts/report": report, "scripts/merge": merge}[program].main(words)

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     out = Path(config.output_dir)
     folders.check_output(out)
     work = Path(config.work_dir or out.with_name(f"{out.name}_greedy"))
+    run_folder.check_writable(work)
     settings = check_words(words, work)
     models = average.open_models(config.models)
 
@@ -104,6 +105,7 @@ def score(models: list[Model], words: list[str], settings: dict[str, Any], work:
     if entry is None:
         here, average_of = work / name, " + ".join(model.source for model in models)
         print(f"\n{average_of}:", flush=True)
+        here.mkdir(parents=True, exist_ok=True)
         folder = models[0].folder
         if len(models) > 1:
             folder = here / "model"
