@@ -124,7 +124,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         timer.lap("mask")
 
         # 4. the optimizer; a non-finite step is skipped (under fp16 the scaler has to see it, and skips it itself)
-        lr = config.learning_rate * lr_factor(config, step, total_steps)
+        lr = config.learning_rate * lr_factor(config, step, total_steps, examples.lengths.sum() / steps_in_epoch)
         set_learning_rate(optimizer, lr)
         if finite and masker.masked_weights != "momentum":  # masks, steps, and takes back the step where M = 0
             stats = masker.step(optimizer.optimizer, step, after_masking=clipping.after_masking, **wanted)

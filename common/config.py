@@ -33,6 +33,9 @@ OF_MASKS = (  # no meaning for rules without masks
     "keep_ratio", "score", "refresh_every", "masked_weights", "scope", "exclude", "mask_vectors", "clip",
 )  # fmt: skip
 OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")  # no meaning without an adapter
+OF_SCHEDULES = {  # keys of some schedules alone
+    "decay_ratio": ("wsd", "power"), "decay_shape": ("wsd", "power"), "power_a": ("power",), "power_b": ("power",),
+}  # fmt: skip
 OF_SCORES = {"calibration_steps": "squared_gradients", "lift_rank": "low_rank"}  # keys of one score alone
 
 
@@ -145,7 +148,18 @@ class TrainConfig:
         "torch's AdamW, or that of bitsandbytes with moments of 8 bit (paged: moved to the CPU when memory ends)",
     )
     learning_rate: float = key(2e-5, "peak learning rate of AdamW")
-    lr_schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up; cosine, linear: down to 0")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd", "power"] = key(
+        "cosine",
+        "after the warm-up; cosine, linear: down to 0; wsd: constant, then down to 0; power: a power of the tokens so "
+        "far, then down to 0",
+    )
+    decay_ratio: float = key(0.1, "wsd, power: fraction of all steps on the way down to 0, at the end")
+    decay_shape: Literal["exponential", "linear", "cosine", "1-sqrt"] = key("exponential", "wsd, power: that way down")
+    power_a: float | None = key(
+        None,
+        "power: a in the rate, min(learning_rate, global_batch_size * a * tokens^b); the paper's 4 is too large here",
+    )
+    power_b: float = key(-0.51, "power: b in the rate, below 0")
     warmup_ratio: float = key(0.0, "fraction of all steps with a linearly rising learning rate")
     warmup_steps: int = key(0, "the same as a number of steps; set one of the two")
     weight_decay: float = key(0.0, "decoupled weight decay, on matrices only")
@@ -250,6 +264,7 @@ class TrainConfig:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.warmup_ratio and self.warmup_steps:
             raise UserError(f"set warmup_ratio ({self.warmup_ratio}) or warmup_steps ({self.warmup_steps}), not both")
+        self._check_schedule()
         if self.objective == "sft" and (self.beta != 0.1 or self.length_normalised):
             raise UserError("beta and length_normalised are of objective dpo: leave them out under sft")
         if self.micro_batch_tokens < self.max_length * (1 + (self.objective == "dpo")):
@@ -281,6 +296,26 @@ class TrainConfig:
 
     def _is_default(self, name: str) -> bool:
         return getattr(self, name) == next(_default(f) for f in dataclasses.fields(self) if f.name == name)
+
+    def _check_schedule(self) -> None:
+        """Raise UserError where keys do not go with the schedule of the learning rate."""
+        for name, schedules in OF_SCHEDULES.items():
+            if self.lr_schedule not in schedules and not self._is_default(name):
+                raise UserError(
+                    f"{name} is of lr_schedule {' and '.join(schedules)}: leave it out for {self.lr_schedule}"
+                )
+        if not 0 <= self.decay_ratio <= 1:
+            raise UserError(f"decay_ratio must be in [0, 1], got {self.decay_ratio}")
+        if self.lr_schedule in OF_SCHEDULES["decay_ratio"] and self.warmup_ratio + self.decay_ratio > 1:
+            raise UserError(
+                f"warmup_ratio {self.warmup_ratio} and decay_ratio {self.decay_ratio} together are more than the run: "
+                "lower one of them"
+            )
+        if self.lr_schedule == "power" and not (self.power_a and self.power_a > 0 > self.power_b):
+            raise UserError(
+                f"lr_schedule power needs a power_a above 0 and a power_b below 0, got {self.power_a} and "
+                f"{self.power_b}: the rate is min(learning_rate, global_batch_size * power_a * tokens^power_b)"
+            )
 
     def _check_score(self, score: str) -> None:
         """Raise UserError where keys do not go with what is large."""

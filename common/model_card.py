@@ -1,4 +1,4 @@
-"""README.md of a trained model: how it was made, and what eval.py has measured, in the Hub's own metadata."""
+"""README.md of a trained or merged model: how it was made, and what eval.py has measured, in the Hub's own metadata."""
 
 import os
 import re
@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from common import run_folder
 from common.config import TrainConfig
 from common.hub import is_local
-from common.run_folder import redact
 from common.sources import split_cap
 
-CARD, _TITLE = "README.md", "# Fine-tuned with rule"
+CARD, _TUNED, _MERGED = "README.md", "# Fine-tuned with rule", "# Merged by"
 _TABLE_HEAD = "\nScores (eval.py):\n\n| task | protocol | metric | n | score, % |\n| --- | --- | --- | --- | --- |\n"
 _TABLE = re.compile(re.escape(_TABLE_HEAD) + r"(?:\|.*\n)*")
 
@@ -46,17 +46,42 @@ def make(config: TrainConfig, description: dict[str, Any], last: dict[str, Any])
         "commit": description["git_commit"],
         "packages": ", ".join(f"{k} {v}" for k, v in description["versions"].items()),
     }
-    return redact(
-        f"---\n{metadata}\n---\n\n{_TITLE} `{config.rule}`\n\n"
+    return run_folder.redact(
+        f"---\n{metadata}\n---\n\n{_TUNED} `{config.rule}`\n\n"
         + "".join(f"- {k}: {v}\n" for k, v in facts.items())
         + f"\nConfiguration (train.py):\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
+    )
+
+
+def make_merged(method: str, source: str, parts: list[tuple[str, str]], settings: dict[str, Any]) -> str:
+    """The card of a model that scripts/merge.py has made of others, without access tokens and home paths.
+
+    Args:
+        source: the paper of the method.
+        parts: (folder or Hub id, its part in it) of each model that it is made of.
+        settings: the method's keys.
+    """
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", method],
+        base_model=[name for name, _ in parts if not is_local(name)] or None,
+    )
+    environment = run_folder.environment()
+    told = {k: v for k, v in settings.items() if v not in ("", None, [], False)}
+    return run_folder.redact(
+        f"---\n{metadata}\n---\n\n{_MERGED} `{method}`\n\n- source: {source}\n"
+        + "".join(f"- part: {name}, {role}\n" for name, role in parts)
+        + f"- commit: {environment['git_commit']}\n"
+        + f"- packages: {', '.join(f'{k} {v}' for k, v in environment['versions'].items())}\n"
+        + f"\nConfiguration (scripts/merge.py {method}):\n\n```yaml\n{yaml.safe_dump(told, sort_keys=False)}```\n"
     )
 
 
 def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
     """Put eval.py's scores into the card of a trained model: its metadata (the Hub's model-index), and a table.
 
-    Scores of other tasks, and what else was written into the card, stay. A card that is not train.py's, or whose
+    Scores of other tasks, and what else was written into the card, stay. A card that is not ours, or whose
     metadata the Hub's library cannot read, is left alone.
 
     Args:
@@ -70,7 +95,7 @@ def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
         card = ModelCard.load(path)
     except (ValueError, TypeError, KeyError, yaml.YAMLError):
         return
-    if _TITLE not in card.text:
+    if _TUNED not in card.text and _MERGED not in card.text:
         return
     new = {_key(result): result for name, entry in scores.items() for result in _results(name, entry)}
     kept = {_key(result): result for result in card.data.eval_results or []}

@@ -82,6 +82,12 @@ def run(tmp_path, train_args):
         ({"mask_vectors": "true"}, "mask_vectors has no meaning for rule none"),
         ({"rule": "gmt", "keep_ratio": 0.2, "exclude": "embedd"}, "exclude pattern 'embedd' matches none of"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, r"warmup_ratio \(0.1\) or warmup_steps \(5\), not both"),
+        ({"decay_ratio": 0.2}, "decay_ratio is of lr_schedule wsd and power: leave it out for cosine"),
+        ({"lr_schedule": "wsd", "power_a": 1}, "power_a is of lr_schedule power: leave it out for wsd"),
+        ({"lr_schedule": "wsd", "decay_ratio": 1.5}, r"decay_ratio must be in \[0, 1\], got 1.5"),
+        ({"lr_schedule": "wsd", "decay_ratio": 0.6, "warmup_ratio": 0.5}, "together are more than the run"),
+        ({"lr_schedule": "power"}, "power needs a power_a above 0 and a power_b below 0, got None and -0.51"),
+        ({"lr_schedule": "power", "power_a": 1, "power_b": 0.5}, "above 0 and a power_b below 0, got 1.0 and 0.5"),
         ({"warmup_ratio": 1}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
         ({"eval_every": 5}, "eval_every 5 needs eval_rows"),
         (

@@ -16,7 +16,11 @@ import eval as evaluation
 import gmt
 import train
 from common.config import EvalConfig, TrainConfig, parse, reference
-from scripts.drop import DropConfig
+from scripts import merge
+from scripts.merging.average import AverageConfig
+from scripts.merging.drop import DropConfig
+from scripts.merging.fisher import FisherConfig
+from scripts.merging.greedy import GreedyConfig
 from tasks import TASKS
 from tasks.task import Options
 
@@ -38,9 +42,9 @@ def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 200
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, EvalConfig, DropConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, EvalConfig, DropConfig, AverageConfig, GreedyConfig, FisherConfig])
 def test_configuration_tables_are_generated(cls):
-    """On a failure: python train.py --help, python eval.py --help, python scripts/drop.py --help."""
+    """On a failure: python train.py --help, python eval.py --help, python scripts/merge.py METHOD --help."""
     assert f"\n\n{reference(cls)}\n" in PAGES["docs/configuration.md"]
 
 
@@ -223,6 +227,7 @@ RUN_BY = {
     "sbatch scripts/slurm.sh": "tests/test_slurm.py::test_a_signal_reaches_the_training_processes",
     "python scripts/download.py": "tests/test_download.py::test_a_run_goes_without_the_hub",
     "python scripts/bench/": "tests/test_bench.py::test_it_measures",
+    "python scripts/merge.py greedy": "tests/test_merge.py::test_greedy_by_eval_itself",
     "bash scripts/study.sh": "tests/test_study.py::test_a_tiny_study_runs_whole",
     "python scripts/report.py results": "tests/test_study.py::test_the_report_finds_what_is_there",
     "torchrun --nproc_per_node": "tests/test_distributed.py::test_whole_runs_agree_on_1_2_and_3_processes_in_fp64",
@@ -230,7 +235,7 @@ RUN_BY = {
     "accelerate launch --config_file configs/accelerate/single_gpu.yaml": "tests/test_slurm.py::test_accelerate_config",
     "python train.py ...": "tests/test_bad_input.py::test_programs_end_with_one_line_and_exit_code_2",
 }
-HERE = r"(accelerate launch |python )(--config_file \S+ )?(train|eval|scripts/report|scripts/drop)\.py (?!\.\.\.)"
+HERE = r"(accelerate launch |python )(--config_file \S+ )?(train|eval|scripts/report|scripts/merge)\.py (?!\.\.\.)"
 
 
 def run_by(command: str) -> str:
@@ -282,7 +287,7 @@ def test_a_command_runs_here(command, stand_in, monkeypatch, capsys):
     assert config is None or (ROOT / config[1]).exists()
     if "--help" in words:
         with pytest.raises(SystemExit) as end:
-            {"train": train, "eval": evaluation}[program].main(words)
+            {"train": train, "eval": evaluation, "scripts/merge": merge}[program].main(words)
         assert end.value.code == 0 and "| key |" in capsys.readouterr().out
         return
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
@@ -299,11 +304,12 @@ def test_a_command_runs_here(command, stand_in, monkeypatch, capsys):
         evaluation.main([*words, *model, "--data_dir", str(stand_in), *FAST[2:], "--overwrite"])
         assert (stand_in / words[words.index("--output_dir") + 1] / "scores.json").exists()
     else:
-        from scripts import drop
         from scripts.report import tables as report
 
         words = [str(path) for word in words for path in (sorted(stand_in.glob(word)) if "*" in word else [word])]
-        {"scripts/report": report, "scripts/drop": drop}[program].main(words)
+        if words[0] == "fisher":
+            words += ["--dataset", f"{stand_in / 'rows.jsonl'}:2"]
+        {"scripts/report": report, "scripts/merge": merge}[program].main(words)
 
 
 def test_messages_that_are_explained_are_the_programs_own():

@@ -31,7 +31,7 @@ STAND_INS = {
         case $1 in
             scripts/reproduce/reduced.py) mkdir -p "$2"; touch "$2/COMPLETED" ;;
             scripts/reproduce/dry_runs.py) echo "$WORLD_SIZE ${ACCELERATE_USE_FSDP:-no}" >"$WORK/planned_for" ;;
-            scripts/drop.py) mkdir -p "$out"; touch "$out/drop.json" ;;
+            scripts/merge.py) mkdir -p "$out"; touch "$out/drop.json" ;;
         esac""",
     # the launcher: it would die of a signal, and turns every failure into exit code 1
     "accelerate": """
@@ -116,7 +116,7 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
     assert f"{start} hft --seed 0 {end} {tuned.format('hft')}" in done
     assert f"{start} gmt --seed 1 --keep_ratio 0.3 {end} OUT/mistral_7b/gmt_seed1" in done
     assert (
-        f"scripts/drop.py --base mistralai/Mistral-7B-v0.1 --tuned {tuned.format('none')}/final "
+        f"scripts/merge.py drop --base mistralai/Mistral-7B-v0.1 --tuned {tuned.format('none')}/final "
         f"--output_dir {tuned.format('drop')}/final --keep_ratio 0.3"
     ) in done
     scored = f"--tasks math --data_dir {tmp_path} --limit 7 --overwrite"
@@ -129,7 +129,9 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
     assert done[-1] == f"scripts/report.py {folders} {written}"
     planned = next(line for line in done if line.startswith("scripts/reproduce/dry_runs.py")).split(" -- ")
     assert len(planned) == 5 and "train.py" in planned[2] and "--rule hft" in planned[2]
-    assert planned[4].startswith("scripts/drop.py --base mistralai/Mistral-7B-v0.1 --tuned OUT/mistral_7b/none_seed0/f")
+    assert planned[4].startswith(
+        "scripts/merge.py drop --base mistralai/Mistral-7B-v0.1 --tuned OUT/mistral_7b/none_seed0/f"
+    )
     assert (tmp_path / "planned_for").read_text() == "1 true\n"
     assert not list((tmp_path / "out").rglob("checkpoints"))
 
@@ -206,17 +208,20 @@ def test_an_error_is_a_line_of_its_own_while_a_bar_stands():
 
 
 def test_plans_name_the_program_that_refuses(tmp_path, train_args):
-    """drop.py would refuse a base without safetensors files only after days of training."""
+    """merge.py would refuse a base without safetensors files only after days of training."""
     words = train_args(tmp_path / "run")
-    dropped = ["scripts/drop.py", "--base", str(tmp_path), "--tuned", "no/such", "--output_dir", str(tmp_path / "out")]
+    dropped = [
+        "scripts/merge.py", "drop", "--base", str(tmp_path), "--tuned", "no/such",
+        "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
     plans = ["train.py", *words, "--", *dropped, "--keep_ratio", "0.2", "--"]
     done = python("scripts/reproduce/dry_runs.py", *plans)
-    assert done.returncode == 2 and "\n--- python scripts/drop.py " in done.stdout
-    assert f"drop.py: error: base {tmp_path}: no folder with .safetensors files" in done.stderr
+    assert done.returncode == 2 and "\n--- python scripts/merge.py drop " in done.stdout
+    assert f"merge.py: error: base {tmp_path}: no folder with .safetensors files" in done.stderr
     plans[plans.index(str(tmp_path))] = words[1]  # the model
     assert python("scripts/reproduce/dry_runs.py", *plans).returncode == 0
     done = python("scripts/reproduce/dry_runs.py", "train.py", *words, "--learning_rate", "-1", "--", *plans)
-    assert done.returncode == 2 and "train.py: error: learning_rate" in done.stderr and "drop.py" not in done.stdout
+    assert done.returncode == 2 and "train.py: error: learning_rate" in done.stderr and "merge.py" not in done.stdout
 
 
 def test_general_goes_on_with_dpo_from_the_same_rules_model(run, tmp_path):

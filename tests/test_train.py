@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from conftest import make_model, read_metrics, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from worker import exact_norm
 
@@ -339,25 +339,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, train_args, what
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
-# --- schedule, non-finite steps --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("warmup", [["--warmup_ratio", "0.25"], ["--warmup_steps", "3"], []], ids=str)
-def test_learning_rates_are_those_of_transformers(tmp_path, train_args, schedule, warmup):
-    train.main(train_args(tmp_path / "run", "--lr_schedule", schedule, *warmup))
-    logged = [line["lr"] for line in read_metrics(tmp_path / "run")]
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    scheduler = get_scheduler(name, optimizer, 3 if warmup else 0, 10)  # 0.25 * 10 steps, rounded up
-    expected = []
-    for _ in range(10):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert logged == pytest.approx(expected, rel=1e-12)
-    last = {"cosine": 0.5 * (1 + math.cos(math.pi * 6 / 7)), "linear": 1 / 7, "constant": 1}[schedule]
-    assert not warmup or logged[-1] == pytest.approx(1e-3 * last)
+# --- non-finite steps ------------------------------------------------------------------------------------------------
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypatch):
@@ -570,6 +552,10 @@ SHOWN_BY = {
     "lora_alpha": "test_lora.py: test_two_steps_are_those_of_a_slow_twin",
     "lora_targets": "test_lora.py: test_only_the_targets_change_by_a_matrix_of_low_rank",
     "lora_dropout": "test_lora.py: test_dropout_changes_the_training",
+    "decay_ratio": "test_schedule.py: test_wsd_is_that_of_transformers",
+    "decay_shape": "test_schedule.py: test_wsd_is_that_of_transformers",
+    "power_a": "test_schedule.py: test_power_is_that_of_its_paper",
+    "power_b": "test_schedule.py: test_power_is_that_of_its_paper",
     "packing": "test_losses.py: test_packing_is_chosen_refused_or_left",
     "loss_chunk": "test_losses.py: test_keys_reach_the_model",
     "attention": "test_losses.py: test_keys_reach_the_model",

@@ -31,7 +31,7 @@ plt.rcParams.update(
     }
 )
 
-# rule: (colour, marker, dashes). base is the model before training, drop a task vector that scripts/drop.py has masked.
+# rule: (colour, marker, dashes). base is the model before training, drop a task vector that merge.py has masked.
 STYLE: dict[str, tuple[str, str, Any]] = {
     "base": ("#000000", "*", "-"),
     "none": ("#0072B2", "o", "-"),

@@ -10,7 +10,7 @@ from typing import Any
 from common.config import FREE_TO_CHANGE, UserError
 from common.run_folder import METRICS, RUN
 
-DROP = "drop.json"  # what drop.py leaves in a model's folder
+DROP = "drop.json"  # what merge.py drop leaves in a model's folder
 SEED = re.compile(r"[_.-]?seed[_=-]?\d+")  # as part of a path
 
 
@@ -23,9 +23,9 @@ class Run:
     scores: dict[str, dict[str, Any]]  # scores.json, by task.protocol; empty: not scored
     training: Path | None  # train.py's output_dir; None: no training is known
     config: dict[str, Any]  # of train.py; empty: no training is known
-    drop: dict[str, Any]  # keys of drop.py; empty: the model is as it was trained
+    drop: dict[str, Any]  # keys of merge.py drop; empty: the model is as it was trained
     model: str  # the base model that everything began with
-    rule: str  # of train.py; base: of a base model; drop: of what drop.py made; empty: not known
+    rule: str  # of train.py; base: of a base model; drop: of what merge.py drop made; empty: not known
 
     @property
     def keep_ratio(self) -> float | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
 from common.config import run_main
-from scripts import drop
+from scripts import merge
 
-PROGRAMS = {"train.py": train.main, "scripts/drop.py": drop.main}
+PROGRAMS = {"train.py": train.main, "scripts/merge.py": merge.main}
 
 if __name__ == "__main__":
     for is_separator, group in groupby(sys.argv[1:], lambda word: word == "--"):

@@ -118,12 +118,12 @@ plan() { # plan RUN ARGS...: one more training for the stage plan, in the array 
     more=()
 }
 
-words_of_drop() { # words_of_drop MODEL BASE SEED: of scripts/drop.py, in the array `words`
-    words=(scripts/drop.py --base "$2" --tuned "$OUT/$1/none_seed$3/final" --output_dir "$OUT/$1/drop_seed$3/final")
-    words+=(--keep_ratio "$KEEP_RATIO")
+words_of_drop() { # words_of_drop MODEL BASE SEED: of scripts/merge.py, in the array `words`
+    words=(scripts/merge.py drop --base "$2" --tuned "$OUT/$1/none_seed$3/final")
+    words+=(--output_dir "$OUT/$1/drop_seed$3/final" --keep_ratio "$KEEP_RATIO")
 }
 
-run_plans() { # what train.py and drop.py would refuse comes out before the first training; memory, disk, steps are told
+run_plans() { # what train.py and merge.py would refuse comes out before the first training; memory, disk, steps are told
     [ ${#planned[@]} != 0 ] || return 0
     export WORLD_SIZE=$NPROC # for these alone: a launcher sets its own
     if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then export ACCELERATE_USE_FSDP=true FSDP_VERSION=2; fi

@@ -43,7 +43,7 @@ from common.config import UserError, run_main
 from common.hub import load_weights
 from common.sources import load_all
 from common.templates import TEMPLATES, columns
-from scripts import drop
+from scripts import merge
 from scripts.quickstart.data import OLD_SKILLS, save_random_model, write
 from scripts.study import data as study_data
 from training.data import collate, tokenise
@@ -161,8 +161,8 @@ def make(run: Run, scale: Scale, folder: Path) -> list[dict]:
         if run.rule in ("none", "drop"):
             dropped = replace(run, rule="drop", keep_ratio=KEEP_RATIO)
             tuned[dropped] = here / "dropped" / "final"
-            drop.main([
-                "--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(tuned[dropped]),
+            merge.main([
+                "drop", "--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(tuned[dropped]),
                 "--keep_ratio", str(KEEP_RATIO),
             ])  # fmt: skip
         lines = []
