@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_model, write_rows
 from transformers import AutoTokenizer
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from common import sources, templates
 from common.config import UserError
@@ -370,6 +371,14 @@ def test_collate_packs(two):
     assert torch.equal(batch["targets"], torch.cat([b["targets"] for b in apart]))
     starts = (0, len(ids[0]), both)
     assert torch.equal(batch["positions"], torch.cat([b["positions"] + s for b, s in zip(apart, starts, strict=True)]))
+
+
+@pytest.mark.parametrize("rows", [[[0, 1]], [[0, 1], [1]], [[1]], []], ids=str)
+def test_sequences_bounds_are_those_that_transformers_derives(two, rows):
+    batch = data.collate(two, rows, packed=True)
+    (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    assert batch["cu_seq_lens"].dtype == bounds.dtype == torch.int32 and torch.equal(batch["cu_seq_lens"], bounds)
+    assert type(batch["max_length"]) is int and batch["max_length"] == longest  # a tensor would be waited for
 
 
 def test_fingerprint_sees_tokens_labels_and_order(tmp_path, tokenizer):
