@@ -156,6 +156,7 @@ def _kernels(gradients: Iterable[torch.Tensor]) -> tuple[Any, str]:
         return None, "Triton is missing"
     import gmt_triton
 
+    gmt_triton._runs_on.cache_clear()  # so that it says each time why it does not
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         if gmt_triton.is_usable(gradients):
