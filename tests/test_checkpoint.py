@@ -173,6 +173,65 @@ def test_eval_notices_a_flipped_bit(tmp_path, train_args):
     assert evaluation.main([*words, str(tmp_path / "eval")])["gsm8k.metamath"]["n"] == 1
 
 
+def test_paged_moments_are_paged_after_a_resume(tmp_path, train_args, cut_run, monkeypatch):
+    """A CPU cannot page. In the place of what makes a paged buffer, and of what moves it alone, there are stand-ins."""
+    import accelerate
+    from bitsandbytes import functional
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    pages, moved, read_onto = [], [], []
+
+    def get_state_buffer(self, p, dtype=torch.float32):
+        buffer = torch.zeros_like(p, dtype=dtype)
+        if self.is_paged and p.numel() >= 4096:
+            buffer.is_paged = True
+            pages.append(buffer)
+        return buffer
+
+    def prefetch(tensor):
+        assert any(tensor is page for page in pages), "not a paged buffer"
+        moved.append(tensor)
+
+    def load_state(accelerator, folder, load=accelerate.Accelerator.load_state, **kwargs):
+        read_onto.append(kwargs["map_location"])
+        load(accelerator, folder, **kwargs)
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", get_state_buffer)
+    monkeypatch.setattr(functional, "prefetch_tensor", prefetch)
+    monkeypatch.setattr(accelerate.Accelerator, "load_state", load_state)
+    words = [*train_args(tmp_path / "run", "--save_every", "2"), "--optimizer", "paged_adamw_8bit"]
+    cut_run(words, 5)
+    assert len(pages) == 4 and len(moved) == 5 * 4  # two moments each of the embedding and the head
+    pages.clear(), moved.clear()
+    train.main([*words, "--resume"])
+    assert len(pages) == 4 and len(moved) == 6 * 4 and read_onto == ["cpu"]
+    train.main([*train_args(tmp_path / "whole"), "--optimizer", "paged_adamw_8bit"])
+    assert_same_model(tmp_path / "run", tmp_path / "whole")
+    words[words.index(str(tmp_path / "run"))] = str(tmp_path / "plain")  # which is read as Accelerate chooses
+    cut_run([*words, "--optimizer", "adamw_8bit"], 3)
+    cut_run([*words, "--optimizer", "adamw_8bit", "--resume"], 3)
+    assert read_onto == ["cpu", None]
+
+
+@pytest.mark.gpu
+def test_paged_moments_are_paged_after_a_load():
+    from common.config import TrainConfig
+    from training.backend import build_optimizer
+
+    settings = {"model": "m", "dataset": ["d"], "output_dir": "o", "rule": "none", "optimizer": "paged_adamw_8bit"}
+    layers = [torch.nn.Linear(400, 400, device="cuda") for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    first, second = optimizers = [build_optimizer(TrainConfig(**settings), layer) for layer in layers]
+    for step in range(4):
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            layer.weight.grad = torch.full_like(layer.weight, step + 1.0)
+            layer.bias.grad = torch.ones_like(layer.bias)
+            optimizer.step()
+        second.load_state_dict(first.state_dict())
+    assert second.state[layers[1].weight]["state1"].is_paged
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
 def test_overwriting_never_leaves_half_of_a_checkpoint(tmp_path, train_args, cut_run, monkeypatch):
     words = train_args(tmp_path / "run", "--save_every", "2")
     cut_run(words, 5)

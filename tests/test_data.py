@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, write_rows
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from common import sources, templates
 from common.config import UserError
@@ -216,7 +218,6 @@ def test_what_datasets_leaves_on_disk(tmp_path):
 @pytest.mark.parametrize("word", ["metamath", "tulu"])
 def test_rows_are_read_and_tokenised_once(tmp_path, tokenizer, monkeypatch, kind, word):
     import pandas
-    from datasets import Dataset
 
     rows = [{**row, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
             for row in numbered(1, 2)]  # fmt: skip
@@ -268,8 +269,6 @@ def test_an_edited_template_is_not_served_from_the_cache(tmp_path, tokenizer, mo
 
 
 def test_hub_datasets_are_asked_for_by_id_and_split(monkeypatch):
-    from datasets import Dataset
-
     asked = []
     monkeypatch.setattr(
         sources,
@@ -372,6 +371,14 @@ def test_collate_packs(two):
     assert torch.equal(batch["positions"], torch.cat([b["positions"] + s for b, s in zip(apart, starts, strict=True)]))
 
 
+@pytest.mark.parametrize("rows", [[[0, 1]], [[0, 1], [1]], [[1]], []], ids=str)
+def test_sequences_bounds_are_those_that_transformers_derives(two, rows):
+    batch = data.collate(two, rows, packed=True)
+    (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    assert batch["cu_seq_lens"].dtype == bounds.dtype == torch.int32 and torch.equal(batch["cu_seq_lens"], bounds)
+    assert type(batch["max_length"]) is int and batch["max_length"] == longest  # a tensor would be waited for
+
+
 def test_fingerprint_sees_tokens_labels_and_order(tmp_path, tokenizer):
     def fingerprint(rows, **kwargs):
         rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", rows)), COLUMNS)
@@ -390,3 +397,5 @@ def test_token_ids_are_checked_against_the_model(tmp_path):
     rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", [{"query": "q", "response": "r"}])), COLUMNS)
     examples = data.tokenise(rows, AutoTokenizer.from_pretrained(small), "metamath", 512)
     assert examples.max_token_id() == max(max(r["input_ids"]) for r in examples.rows)
+    parts = [Dataset.from_dict({"input_ids": ids}) for ids in ([[5, 9], [6]], [[7]], [[8]])]  # a chunk each
+    assert data.Examples(concatenate_datasets(parts), np.ones((4, 1)), np.ones((4, 1))).max_token_id() == 9

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,11 @@ class Missing:
         if name.split(".")[0] in MISSING:
             raise ModuleNotFoundError(name)
 
-MISSING, find_spec = {"datasets", "evaluate", "bitsandbytes", "trl", "triton"}, importlib.util.find_spec
+MISSING = {  # all that torch, transformers and accelerate do not bring
+    "antlr4", "bitsandbytes", "datasets", "evaluate", "google", "math_verify", "matplotlib", "pandas", "peft",
+    "pyarrow", "scipy", "sentencepiece", "sklearn", "triton", "trl",
+}
+find_spec = importlib.util.find_spec
 sys.meta_path.insert(0, Missing())
 importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in MISSING else find_spec(name)
 """
@@ -74,6 +80,37 @@ def test_a_part_that_takes_too_long_is_cut_and_what_it_found_stays(tmp_path):
     assert second["failed"].startswith("cut after")
 
 
+def test_no_part_begins_when_the_time_is_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "STARTED", gpu_check.STARTED - 10 * gpu_check.ALL_SECONDS)
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *args: None)
+    lines, result = tmp_path / "lines", tmp_path / "x.json"
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--tiny", "--lines", str(lines), "--json", str(result)])
+    gpu_check.main()
+    found = json.loads(result.read_text())["lines"]
+    assert [line["part"] for line in found] == list(gpu_check.PARTS)
+    assert all(line["left_out"].endswith("seconds are over") for line in found)
+    assert "seconds are over" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_cut_leaves_lines_and_table_and_no_process(tmp_path):
+    lines, result = tmp_path / "lines", tmp_path / "x.json"
+    words = ["--tiny", "--parts", "card", "resume", "--lines", lines, "--json", result]
+    command = ["bash", "scripts/gpu_check.sh", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for _ in range(2):
+        process.stdout.readline()  # the lines of the first part
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.monotonic() + 60
+    while not (of_part := children.read_text().split()) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert [line["part"] for line in json.loads(result.read_text())["lines"]] == ["card", "card"]
+    assert "TFLOP/s" in process.stdout.read().split("\n\n")[-1]
+    assert of_part and not any(Path(f"/proc/{child}").exists() for child in of_part)
+
+
 def test_a_failure_is_told_and_makes_the_exit_code_1(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT.replace('"evaluate"', '"evaluation"'))
     done, lines = run(tmp_path, "--tiny", "--parts", "generate", "card", PYTHONPATH=str(tmp_path))
@@ -96,7 +133,7 @@ def test_all_parts(tmp_path):
 @pytest.mark.slow
 def test_what_is_missing_costs_only_what_needs_it(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
-    parts = ("mask", "step_8b", "trl", "frozen", "generate", "equal")
+    parts = ("mask", "step_8b", "trl", "frozen", "fsdp2", "generate", "equal")
     done, lines = run(tmp_path, "--tiny", "--parts", *parts, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     reasons = {line["part"]: line["left_out"] for line in lines if "left_out" in line}

@@ -1,10 +1,15 @@
 """The loss inside the model, and the checks before training: pytest tests/test_losses.py"""
 
+import functools
+import itertools
+
 import pytest
 import torch
 from conftest import make_model, write_rows
 from torch.nn import functional as F
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     CohereConfig,
@@ -14,6 +19,10 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from transformers import modeling_flash_attention_utils as flash_attention
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.masking_utils import flash_attention_mask
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import train
 from common import sources
@@ -49,7 +58,8 @@ def gemma():
 
 
 def gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    sizes = {"vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0))
 
 
 def llama(folder, **kwargs):
@@ -166,6 +176,59 @@ def test_a_packed_rows_losses_and_gradients_are_those_of_its_examples(tmp_path, 
         assert (found[name] - found["apart"]).norm() < 1e-6 * found["apart"].norm(), name
 
 
+@pytest.fixture
+def flash(monkeypatch):
+    """transformers' way to FlashAttention, but for its kernel, in whose place sequences are computed one by one.
+
+    Returns the kernel's calls: the sequences' bounds of queries and keys, and the longest ones."""
+    calls = []
+
+    def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+        calls.append((cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
+        out = [
+            F.scaled_dot_product_attention(
+                *(t[start:end].transpose(0, 1)[None] for t in (q, k, v)),
+                is_causal=causal, scale=softmax_scale, enable_gqa=True,
+            )[0].transpose(0, 1)
+            for start, end in itertools.pairwise(cu_seqlens_q.tolist())
+        ]  # fmt: skip
+        return torch.cat(out)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("this would wait for the device, or let sequences mix")
+
+    functions = (refuse, kernel, None, None, None), (flash_attention._lazy_define_process_function(kernel), dict)
+    monkeypatch.setattr(flash_attention, "lazy_import_flash_attention", lambda implementation: functions)
+    monkeypatch.setattr(flash_attention, "_is_packed_sequence", refuse)
+    AttentionInterface.register("flash_stand_in", flash_attention_forward)
+    AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("again", [False, True])
+def test_flash_attention_is_told_where_sequences_begin(tmp_path, examples, flash, kind, again):
+    """Not in each layer anew, from position_ids. Losses and gradients are those of the examples, also checkpointed."""
+    torch.manual_seed(0)
+    model = {"llama": lambda: llama(tmp_path), "gpt2": gpt2}[kind]().double().train()
+    losses.attach_loss(model, 5)
+    if again:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for attention, rows in (("sdpa", [[i] for i in (3, 7, 8, 11)]), ("flash_stand_in", [[3, 7, 8, 11]])):
+        model.config._attn_implementation = attention
+        model.zero_grad()
+        batch = data.collate(examples, rows, packed=attention != "sdpa")
+        out = model(**batch)
+        out.sum().backward()
+        found.append(torch.cat([out.detach(), *(p.grad.flatten() for p in model.parameters())]))
+    assert (found[1] - found[0]).norm() < 1e-6 * found[0].norm()
+    (bounds, _), (longest, _) = flash_attention.prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    assert len(flash) == 2 * (1 + again) and bounds.tolist()[0] == 0 and len(bounds) == 5
+    for q, k, longest_q, longest_k in flash:
+        assert torch.equal(q, bounds) and q is k and type(longest_q) is int and longest_q == longest_k == longest
+
+
 def let_examples_mix(model):
     """As with transformers' default use_cache: position_ids are not looked at for what may see what."""
     decoder = model.base_model.forward
@@ -268,6 +331,27 @@ def test_compiled_layers_give_the_same_losses(tmp_path, train_args):
         names = AutoModelForCausalLM.from_pretrained(tmp_path / str(i) / "final").state_dict()
         assert not any("_orig_mod" in n for n in names)
     assert found[1:] == [pytest.approx(found[0], rel=1e-4)] * 2
+
+
+@pytest.mark.slow
+def test_hft_runs_compiled_in_all_layers(tmp_path, train_args, monkeypatch):
+    """Each pattern of frozen weights takes a graph of its own. Beyond a limit torch.compile goes on uncompiled."""
+    graphs, runs, forwards = [], [], []
+    compile_module, forward = torch.nn.Module.compile, LlamaModel.forward
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return lambda *args: runs.append(1) or graph(*args)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_module, backend=count))
+    monkeypatch.setattr(LlamaModel, "forward", lambda *args, **kwargs: forwards.append(1) or forward(*args, **kwargs))
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, limit, 2)  # a low one, for a small model
+    torch._dynamo.reset()
+    model = make_model(tmp_path / "model", num_hidden_layers=3)
+    words = train_args(tmp_path / "run", "--model", str(model), "--rule", "hft", "--compile", "true")
+    train.main([*words, "--max_steps", "3", "--micro_batch_tokens", "1024"])
+    assert len(graphs) > 2 and len(runs) == 3 * len(forwards)
 
 
 def test_dry_run_knows_of_packing(tmp_path, train_args, capsys):

@@ -132,7 +132,26 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.
     settings = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings, fused=True)
-    import bitsandbytes as bnb
+    from bitsandbytes.optim import AdamW8bit
 
-    kind = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[config.optimizer]
-    return kind(groups, **settings)
+    return (AdamW8bit if config.optimizer == "adamw_8bit" else _paged_adamw_8bit())(groups, **settings)
+
+
+def _paged_adamw_8bit() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' paged AdamW, whose moments are paged after a resume, too.
+
+    Its own load_state_dict copies all moments to the GPU, where there may be no room for them, and leaves them there.
+    """
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    class Resumable(PagedAdamW8bit):
+        def load_state_dict(self, state_dict, move_to_device=True):
+            super().load_state_dict(state_dict, move_to_device=False)
+            for p, state in self.state.items():
+                for name, loaded in state.items():
+                    if name in ("state1", "state2"):
+                        state[name] = self.get_state_buffer(p, loaded.dtype).copy_(loaded)
+                    elif isinstance(loaded, torch.Tensor):
+                        state[name] = loaded.to(p.device)
+
+    return Resumable

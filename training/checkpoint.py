@@ -195,8 +195,10 @@ def load(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is damaged or does not fit the model.
     """
+    # Under DDP all of the optimizer's state is read onto the GPU, where paged moments may have no room.
+    paged = any(getattr(o.optimizer, "is_paged", False) for o in accelerator._optimizers)
     try:
-        accelerator.load_state(str(folder))
+        accelerator.load_state(str(folder), map_location="cpu" if paged else None)
         return json.loads((folder / PROGRESS).read_text())
     except Exception as e:
         raise UserError(f"checkpoint {folder} cannot be loaded: {' '.join(str(e).split())[:300]}") from e

@@ -14,10 +14,9 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow
-import pyarrow.compute
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
@@ -26,6 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from common import templates
 from common.config import UserError, nearest
 from common.templates import IGNORE, TEMPLATES, LeftOut
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
@@ -78,7 +80,8 @@ class Examples:
         return f"{self.left_out.total()} left out" + f" ({_listed(self.left_out)})" * bool(self.left_out)
 
     def max_token_id(self) -> int:
-        return pyarrow.compute.max(pyarrow.compute.list_flatten(self.rows.data.column("input_ids"))).as_py()
+        chunks = (chunk.flatten().to_numpy() for chunk in self.rows.data.column("input_ids").chunks)
+        return max(int(ids.max()) for ids in chunks if len(ids))
 
     def fingerprint(self) -> str:
         """A hash of all tokens and labels, in order: two runs with the same one train on the same examples."""
@@ -308,16 +311,19 @@ def _halves(batch: list[list[int]]) -> list[list[list[int]]]:
 
 def collate(
     examples: Examples, rows: list[list[int]], device: torch.device | str = "cpu", packed: bool = False
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | int]:
     """A micro-batch for a model with losses.attach_loss; no rows: one row of two untrained tokens.
 
     There is no attention mask: under causal attention no token sees the padding to its right. Where rows are packed,
-    position_ids restart at 0 for every sequence. transformers derives from them which tokens may attend to which;
-    checks.py tests that it does.
+    position_ids restart at 0 for every sequence, and for every token of padding. transformers derives from them which
+    tokens may attend to which; checks.py tests that it does. FlashAttention is told by the sequences' bounds, which
+    transformers would derive too, but on the device, in every layer, and wait for it.
 
     Returns:
         input_ids (rows, length) int64, padded on the right; positions (n,) int64, where in the flattened input_ids the
-        token before each trained token is; targets (n,) int64, the trained tokens; packed: position_ids (rows, length).
+        token before each trained token is; targets (n,) int64, the trained tokens. Packed: position_ids (rows, length)
+        int64; cu_seq_lens (sequences + 1,) int32, where in the flattened input_ids each sequence begins, and their
+        end; max_length, the tokens of the longest sequence.
     """
     table = examples.rows.with_format("arrow")[[i for row in rows for i in row]] if rows else None
     ids, labels = (_Tokens(table, c) for c in ("input_ids", "labels")) if rows else (None, None)
@@ -345,15 +351,19 @@ def collate(
         "input_ids": input_ids,
         "positions": np.concatenate([empty, *positions]),
         "targets": np.concatenate([empty, *targets]),
-        **({"position_ids": position_ids} if packed else {}),
     }
-    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+    more = {}
+    if packed:
+        bounds = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
+        batch |= {"position_ids": position_ids, "cu_seq_lens": bounds}
+        more = {"max_length": int(np.diff(bounds).max())}
+    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()} | more
 
 
 class _Tokens:
     """The tokens of a table's rows, one after the other."""
 
-    def __init__(self, table: pyarrow.Table, column: str):
+    def __init__(self, table: "pyarrow.Table", column: str):
         chunks = table.column(column).chunks  # flatten heeds the offsets of a slice
         self.tokens = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
         self.start = 0

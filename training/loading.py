@@ -94,7 +94,12 @@ def load_trainable_model(
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        for layer in plan.layers(model):  # one compilation serves all, since they are alike; names stay
+        layers = plan.layers(model)
+        if config.rule == "hft":  # a graph for each pattern of frozen weights; beyond its limit torch does not compile
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 8 * len(layers))
+            limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
+        for layer in layers:  # otherwise one compilation serves all, since they are alike; names stay
             layer.compile(dynamic=True)
     _make_generation_config_valid(model)
     _end_generation_at(model, templates.turn_ends(TEMPLATES[config.template], tokenizer))

@@ -37,9 +37,9 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
 def attach_loss(model: nn.Module, chunk: int) -> None:
     """Make `model(**batch)` of a transformers model return the losses of the batch's trained tokens, see token_losses.
 
-    A batch is what data.collate makes: input_ids, positions, targets and, where rows are packed, position_ids. Hidden
-    states are gathered at the trained positions before the head sees them: a prompt needs no logits. Without targets
-    the call is the model's own, and returns logits.
+    A batch is what data.collate makes: input_ids, positions, targets and, where rows are packed, position_ids and the
+    sequences' bounds. Hidden states are gathered at the trained positions before the head sees them: a prompt needs no
+    logits. Without targets the call is the model's own, and returns logits.
 
     The loss is computed inside the model's forward, in one call of the head's module however many chunks there are: DDP
     and FSDP2 see one forward pass, every process issues the same collectives, and the head's shards are gathered once.
@@ -61,9 +61,14 @@ def attach_loss(model: nn.Module, chunk: int) -> None:
         positions: Tensor | None = None,
         targets: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+        max_length: int = 0,
     ) -> Tensor:
         # A cache would hide from transformers that rows are packed, and cost memory.
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if cu_seq_lens is not None and "flash" in model.config._attn_implementation:
+            for of in ("q", "k"):  # queries and keys
+                inputs |= {f"cu_seq_lens_{of}": cu_seq_lens, f"max_length_{of}": max_length}
         if targets is None:
             return own_forward(**inputs)
         hidden = model.base_model(**inputs).last_hidden_state

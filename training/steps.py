@@ -19,7 +19,7 @@ from training.objectives import Objective
 class MicroBatch(NamedTuple):
     """The input of one forward pass."""
 
-    inputs: dict[str, Tensor]  # of the model, see data.collate
+    inputs: dict[str, Tensor | int]  # of the model, see data.collate
     ids: list[int]  # the examples, in their order in it
 
 

@@ -6,8 +6,8 @@
 
 It needs torch 2.11 or newer, transformers and accelerate; what else is missing (Triton, bitsandbytes, TRL, datasets)
 costs the lines that need it, and they say so. Each part runs in a process of its own, up to its time limit. A line is
-written to outputs/gpu_check.jsonl as soon as it is known, so that a cut leaves what there is. Exit code 1: a part
-failed, or a check did not hold.
+written to outputs/gpu_check.jsonl as soon as it is known, so that a cut leaves what there is; a cut by SIGINT or
+SIGTERM also leaves the table and its file. Exit code 1: a part failed, or a check did not hold.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+STARTED = time.monotonic()
 import torch
 from torch import nn
 
@@ -34,7 +36,8 @@ import gmt
 from common.config import UserError, run_main
 from scripts.bench import measure as bench
 
-KEEP_RATIO, ALL_SECONDS = 0.2, 600
+KEEP_RATIO = 0.2
+ALL_SECONDS = 570  # ten minutes, less what a process takes to start and to end
 PATIENCE = 6  # how much longer than a GPU a CPU may take for its small parts
 
 
@@ -127,11 +130,9 @@ def _mask_all(report: Report, what: str, gradients: dict[str, torch.Tensor], rep
 
     ways = {"copy": lambda: [space[: g.numel()].copy_(g.view(-1)) for g in gradients.values()], "topk": topk}
     ways["plain"] = plain
-    if bench.is_there("triton"):
-        import gmt_triton
-
-        if gmt_triton.is_usable(gradients.values()):
-            ways["Triton"] = lambda: gmt_triton.mask_(units, gmt_triton.kth_largest_keys(units, ks, numbers))
+    kernels, why_not = _kernels(gradients.values())
+    if kernels:
+        ways["Triton"] = lambda: kernels.mask_(units, kernels.kth_largest_keys(units, ks, numbers))
     floor = 0.0
     for way, call in ways.items():
         times = []
@@ -145,8 +146,22 @@ def _mask_all(report: Report, what: str, gradients: dict[str, torch.Tensor], rep
         report.value(f"{what}, {way}", 1000 * spent, "ms")
         if way != "copy":
             report.value(f"{what}, {way} over copy", spent / floor, "x")
-    if "Triton" not in ways:
-        report.left_out(f"{what}, Triton", "it needs Triton, and a GPU or TRITON_INTERPRET=1")
+    if not kernels:
+        report.left_out(f"{what}, Triton", why_not)
+
+
+def _kernels(gradients: Iterable[torch.Tensor]) -> tuple[Any, str]:
+    """(gmt_triton if it serves for these gradients, else None; why it does not)."""
+    if not bench.is_there("triton"):
+        return None, "Triton is missing"
+    import gmt_triton
+
+    gmt_triton._runs_on.cache_clear()  # so that it says each time why it does not
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if gmt_triton.is_usable(gradients):
+            return gmt_triton, ""
+    return None, str(told[-1].message) if told else "it needs a GPU, or TRITON_INTERPRET=1"
 
 
 def step_1b(report: Report, tiny: bool) -> None:
@@ -303,16 +318,12 @@ def equal(report: Report, tiny: bool) -> None:
         report.check("plain: equal to the CPU's", torch.equal(masked["cuda"], masked["cpu"]))
     else:
         report.left_out("plain: equal to the CPU's", "it needs a GPU")
-    if not bench.is_there("triton"):
-        report.left_out("Triton: equal to the CPU's", "Triton is missing")
-        return
-    import gmt_triton
-
     g, n = gradient.to(bench.device(), copy=True), gradient.numel()
-    if not gmt_triton.is_usable([g]):
-        report.left_out("Triton: equal to the CPU's", "it needs a GPU, or TRITON_INTERPRET=1")
+    kernels, why_not = _kernels([g])
+    if not kernels:
+        report.left_out("Triton: equal to the CPU's", why_not)
         return
-    gmt_triton.mask_([[g]], gmt_triton.kth_largest_keys([[g]], [gmt.keep_count(n, KEEP_RATIO)], [n]))
+    kernels.mask_([[g]], kernels.kth_largest_keys([[g]], [gmt.keep_count(n, KEEP_RATIO)], [n]))
     report.check("Triton: equal to the CPU's", torch.equal(g.cpu(), masked["cpu"]))
 
 
@@ -323,16 +334,16 @@ def _about_kept(masked: torch.Tensor) -> bool:
 
 PARTS: dict[str, tuple[Callable[[Report, bool], None], int]] = {  # in order of worth, with their limits in seconds
     "card": (card, 30),
-    "mask": (mask, 110),
+    "mask": (mask, 100),
     "step_1b": (step_1b, 60),
-    "step_8b": (step_8b, 110),
-    "trl": (against_trl, 90),
-    "fp16": (fp16, 25),
-    "frozen": (frozen, 25),
-    "fsdp2": (fsdp2, 40),
-    "ddp": (ddp, 40),
+    "step_8b": (step_8b, 100),
+    "trl": (against_trl, 80),
+    "fp16": (fp16, 35),
+    "frozen": (frozen, 35),
+    "fsdp2": (fsdp2, 45),
+    "ddp": (ddp, 45),
     "resume": (resume, 60),
-    "generate": (generate, 40),
+    "generate": (generate, 45),
     "equal": (equal, 30),
 }
 
@@ -410,6 +421,13 @@ def check_versions() -> None:
         raise UserError(f"gpu_check needs torch 2.11 or newer, this is {torch.__version__}")
 
 
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # missing, or under another name: pytorch-triton
+        return None
+
+
 def table(lines: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
     for line in lines:
         if "value" in line:
@@ -429,7 +447,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--lines", default="outputs/gpu_check.jsonl", help="the file of lines")
     args = parser.parse_args()
-    lines = Path(args.lines)
+    lines = Path(args.lines).resolve()
     if args.part:
         bench.allow_missing("datasets")  # which the plan's and the optimizer's modules import, for other functions
         PARTS[args.part][0](Report(lines, args.part), args.tiny)
@@ -439,22 +457,25 @@ def main() -> None:
         raise UserError("there is no GPU that torch can use; --tiny runs all parts at their smallest on a CPU")
     lines.parent.mkdir(parents=True, exist_ok=True)
     lines.write_text("")
-    patience = PATIENCE if args.tiny else 1
-    end = time.monotonic() + ALL_SECONDS * patience
-    for name in args.parts:
-        left = end - time.monotonic()
-        if left < 5:
-            Report(lines, name).left_out("the part", f"{ALL_SECONDS * patience} seconds are over")
-        else:
-            run_part(name, min(PARTS[name][1] * patience, left), lines, args.tiny)
-    found = [json.loads(line) for line in lines.read_text().splitlines()]
-    print()
-    bench.show(list(table(found)))
-    versions = {p: metadata.version(p) if bench.is_there(p) else None for p in ("transformers", "accelerate", "triton")}
-    bench.write(
-        args.json or ("outputs/cpu_check.json" if args.tiny else "results/gpu.json"),
-        {"tiny": args.tiny, "versions": versions, "lines": found},
-    )
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    seconds = ALL_SECONDS * (PATIENCE if args.tiny else 1)
+    try:
+        for name in args.parts:
+            left = STARTED + seconds - time.monotonic()
+            if left < 5:
+                Report(lines, name).left_out("the part", f"{seconds} seconds are over")
+            else:
+                run_part(name, min(PARTS[name][1] * seconds / ALL_SECONDS, left), lines, args.tiny)
+    finally:
+        found = [json.loads(line) for line in lines.read_text().splitlines()]
+        if found:
+            print()
+            bench.show(list(table(found)))
+        versions = {p: version(p) for p in ("transformers", "accelerate", "triton")}
+        bench.write(
+            args.json or ("outputs/cpu_check.json" if args.tiny else "results/gpu.json"),
+            {"tiny": args.tiny, "versions": versions, "lines": found},
+        )
     if any("failed" in line or line.get("holds") is False for line in found):
         sys.exit(1)
 
