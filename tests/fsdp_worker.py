@@ -36,10 +36,5 @@ AcceleratorState.__init__ = fsdp_state
 
 if __name__ == "__main__":
     import worker  # the patches of the other distributed tests
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    if "float64" in sys.argv:
-        LlamaRMSNorm.forward = worker.exact_norm
-    worker.gmt.Masker.mask_gradients = worker.keep_gradients
-    worker.run_folder.Log.write = worker.crash
-    worker.train.main(sys.argv[1:])
+    worker.main(sys.argv[1:])
