@@ -21,16 +21,16 @@ from training import plan
 
 
 def words(rule: str) -> list[str]:
-    """A rule's settings; where masks are kept for more than one step, then for two."""
-    held = ["--refresh_every", "2"] if gmt.RULES[rule].refresh_every > 1 else []
-    own = {"lift": ["--lift_rank", "4"], "grad_square": ["--calibration_steps", "2"]}.get(rule, [])
-    return ["--rule", rule, *(["--keep_ratio", "0.3"] if gmt.masks_entries(rule) else []), *held, *own]
+    """A rule, and the keys that it asks for."""
+    keep = ["--keep_ratio", "0.3"] if gmt.masks_entries(rule) else []
+    return ["--rule", rule, *keep, *(["--calibration_steps", "2"] if rule == "grad_square" else [])]
 
 
 def settings(rule: str) -> list[str]:
-    """Five steps in fp64, where splits agree to the last digits but one; saved in the middle of an interval."""
+    """Five steps in fp64. Where masks are kept for more than one step they are for two, saved between them."""
     more = ["--master_dtype", "float64", "--weight_decay", "0.1", "--max_steps", "5", "--save_every", "3"]
-    more += ["--lr_schedule", "constant"]
+    more += ["--lr_schedule", "constant", *(["--lift_rank", "4"] if rule == "lift" else [])]
+    more += ["--refresh_every", "2"] if gmt.RULES[rule].refresh_every > 1 else []
     return [*words(rule), *more]
 
 
@@ -70,8 +70,7 @@ def whole(tmp_path_factory, train_args):
 def test_the_dry_run_of_every_preset_names_its_axes(tmp_path, train_args, capsys, monkeypatch):
     monkeypatch.setattr(plan, "activation_bytes", lambda *args: 0)  # half a second; the same for all rules
     for rule, (score, refresh_every, masked_weights, _) in gmt.RULES.items():
-        keep = ["--keep_ratio", "0.3"] if score else []
-        train.main(train_args(tmp_path / rule, "--rule", rule, *keep, "--dry_run"))
+        train.main(train_args(tmp_path / rule, *words(rule), "--dry_run"))
         text = capsys.readouterr().out
         when = {0: "once", 1: "at each step"}.get(refresh_every, f"every {refresh_every} steps")
         axes = f" (score {score}, chosen {when}, masked_weights {masked_weights}), keep_ratio 0.3, scope tensor"
@@ -81,6 +80,12 @@ def test_the_dry_run_of_every_preset_names_its_axes(tmp_path, train_args, capsys
 
 def test_the_benchmark_of_a_step_has_every_preset():
     assert {rule for rule, _, _ in bench.WAYS.values()} == gmt.RULES.keys()
+
+
+def test_a_weight_that_no_step_uses_decays(tmp_path, train_args, exact):
+    """Its gradient is 0, not missing: on one process as in DDP's buckets, see below."""
+    train.main(train_args(tmp_path / "run", *settings("gmt"), "--max_steps", "2"))
+    assert weights(tmp_path / "run")["unused"].flatten().tolist() == pytest.approx([(1 - 1e-3 * 0.1) ** 2] * 20)
 
 
 @pytest.mark.slow
@@ -103,27 +108,12 @@ def test_every_preset_resumes_bitwise_in_the_middle_of_an_interval(whole, tmp_pa
 
 
 @pytest.mark.slow
-def test_every_preset_trains_alike_on_any_split_of_a_step(whole, tmp_path, train_args, exact):
-    for rule in gmt.RULES:
-        train.main(train_args(tmp_path / rule, *settings(rule), "--per_device_batch_size", "3"))
-        assert_near(tmp_path / rule, whole / rule)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("worker", ["worker", "fsdp_worker"])
 def test_every_preset_trains_alike_on_2_processes(whole, tmp_path, train_args, worker):
-    """Under DDP and FSDP2, one after the other in the same processes."""
-    _, *runs = [word for rule in gmt.RULES for word in ("+", *train_args(tmp_path / rule, *settings(rule)))]
+    """Under DDP and FSDP2, in micro-batches of another size, one preset after the other in the same processes."""
+    more = ["--per_device_batch_size", "3"]
+    _, *runs = [word for rule in gmt.RULES for word in ("+", *train_args(tmp_path / rule, *settings(rule), *more))]
     done = run(2, runs, worker, UNUSED="1")
     assert done.returncode == 0, done.stderr[-3000:]
     for rule in gmt.RULES:
         assert_near(tmp_path / rule, whole / rule)
-
-
-@pytest.mark.slow
-def test_a_weight_that_no_step_uses_still_decays(whole):
-    """Its gradient is 0, not missing: on one process as in DDP's buckets."""
-    for rule in gmt.RULES:
-        unused = weights(whole / rule)["unused"]
-        expected = 1.0 if rule == "mofo" else (1 - 1e-3 * 0.1) ** 5  # no |m| of 0 is among the largest
-        assert unused.flatten().tolist() == pytest.approx([expected] * 20, abs=1e-12), rule
