@@ -13,7 +13,7 @@ os.environ.update(  # as configs/accelerate/fsdp2.yaml has it
     ACCELERATE_USE_FSDP="true",
     FSDP_VERSION="2",
     FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-    FSDP_RESHARD_AFTER_FORWARD="true",
+    FSDP_RESHARD_AFTER_FORWARD=os.environ.get("RESHARD", "true"),
     FSDP_CPU_RAM_EFFICIENT_LOADING="true",
 )
 if replicate := os.environ.get("FSDP_REPLICATE"):
