@@ -24,8 +24,8 @@ in what happens where M = 0 (masked_weights): see RULES. To add a rule, write a 
 entries of a matrix with the largest |score| are kept) and enter it in SCORES; its word is then a rule. HFT (Half
 Fine-Tuning) freezes whole matrices before the optimizer is built, see `freeze_half`.
 
-The file, from top to bottom: the rules, the mask of one tensor (`topk_mask`), the masks of a model (`Masker`), then the
-machinery below them, and HFT.
+The file, from top to bottom: the rules, the mask of one tensor (`topk_mask`), the masks of a model (`Masker`); then the
+machinery, which a new rule does not touch, and HFT.
 """
 
 import fnmatch
@@ -41,22 +41,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-_INTEGER_OF = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
 # statistics per parameter: its entries, those kept, those with a gradient other than 0 and the sum of squares of their
 # gradients, and the same two after masking
 COUNTS = ("entries", "kept", "nonzero", "energy", "nonzero_kept", "energy_kept")
-
-_DIGIT_BITS = 16  # a histogram has at most 2**16 bins; a key of 31 bits takes two passes
-_SORT_BELOW = 1 << 16  # entries; on a CPU kthvalue is fastest there, and as exact
-_SAMPLE = 1 << 16  # entries at most that are drawn to guess a threshold
-_SHARDED_BUCKET = 16  # matrices whose histograms (0.5 MiB each) share a collective
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # entries per chunk: the CPU's cache; enough work for a GPU
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,52 +137,6 @@ SCORES: dict[str, Callable[[Entries], Tensor]] = {
 }
 
 
-def scores() -> tuple[str, ...]:
-    """The words for a score: SCORES, and `low_rank`, for which whole matrices are needed: see low_rank_part."""
-    return *SCORES, "low_rank"
-
-
-def rules() -> tuple[str, ...]:
-    """The words for a rule: RULES, and the scores that none of them uses, chosen at each step."""
-    used = {rule.score for rule in RULES.values()}
-    return *RULES, *(score for score in SCORES if score not in used)
-
-
-def rule_of(
-    word: str, score: str | None = None, refresh_every: int | None = None, masked_weights: str | None = None
-) -> Rule:
-    """The axes of a rule, each overridden by an argument that is not None.
-
-    Raises:
-        ValueError: a word is unknown, or the axes do not go together.
-    """
-    if word not in rules():
-        raise ValueError(f"rule must be one of {', '.join(rules())}; got {word!r}")
-    rule = RULES.get(word) or Rule(word, 1, "momentum", "")
-    axes = {"score": score, "refresh_every": refresh_every, "masked_weights": masked_weights}
-    given = {axis: value for axis, value in axes.items() if value is not None}
-    if given and not rule.score:
-        raise ValueError(f"{next(iter(given))} has no meaning for rule {word}, which masks no entries")
-    rule = rule._replace(**given)
-    if rule.score and rule.score not in scores():
-        raise ValueError(f"score must be one of {', '.join(scores())}; got {rule.score!r}")
-    if rule.masked_weights not in MASKED_WEIGHTS:
-        raise ValueError(f"masked_weights must be one of {', '.join(MASKED_WEIGHTS)}; got {rule.masked_weights!r}")
-    if rule.refresh_every < 0:
-        raise ValueError(f"refresh_every must be at least 0, got {rule.refresh_every}")
-    if rule.score == "squared_gradients" and rule.refresh_every:
-        raise ValueError(
-            f"score squared_gradients is chosen once, after the calibration: refresh_every must be 0, "
-            f"got {rule.refresh_every}"
-        )
-    return rule
-
-
-def masks_entries(rule: str) -> bool:
-    """Whether a rule masks single entries, so that keep_ratio and its companions have a meaning for it."""
-    return bool(rule_of(rule).score)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The mask of one tensor
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,50 +165,6 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
 
     matrices = list(_split("", scores, scores, scores.shape, 0))
     return _is_kept(scores, _kth_largest_key(matrices, _Scorer(score_gradient, {"": 0}), k))
-
-
-def magnitude_keys(scores: Tensor) -> Tensor:
-    """Integers in the order of |scores|: IEEE bits without the sign; non-negative integers are their own keys.
-
-    Args:
-        scores: any shape; bf16, fp16, fp32, fp64 or a signed integer dtype with values >= 0.
-    Returns:
-        int16, int32 or int64, same shape. Infinity is the largest finite key + 1, NaN lies above it.
-    """
-    if not scores.is_floating_point():
-        return scores
-    bits = scores.view(_INTEGER_OF[scores.dtype])
-    return bits & torch.iinfo(bits.dtype).max
-
-
-def low_rank_part(matrix: Tensor, rank: int, seed: int = 0) -> Tensor:
-    """The part of a matrix that its `rank` largest singular values make: what LIFT takes for important is large in it.
-
-    Exact for small matrices. For larger ones the randomised SVD of Halko, Martinsson and Tropp (SIAM Review 2011) with
-    two power iterations: six products with a matrix of rank + 10 columns instead of a full decomposition.
-
-    Args:
-        matrix: (m, n) floating point.
-        rank: at least 1.
-        seed: of the random test matrix, which depends on nothing else.
-    Returns:
-        (m, n) fp32, or fp64 for an fp64 matrix.
-    """
-    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
-    columns = rank + 10
-    if min(wide.shape) <= rank:
-        return wide
-    if min(wide.shape) <= 4 * columns:
-        basis, small = None, wide
-    else:
-        numbers = score_random(Entries(wide.new_empty(wide.shape[1] * columns), wide, 0, seed))
-        basis = torch.linalg.qr(wide @ (numbers.to(wide.dtype) / 2**30 - 1).view(-1, columns)).Q
-        for _ in range(2):
-            basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis).Q).Q
-        small = basis.T @ wide
-    u, values, v = torch.linalg.svd(small, full_matrices=False)
-    left = u[:, :rank] * values[:rank]
-    return (left if basis is None else basis @ left) @ v[:rank]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +234,7 @@ class Masker:
         self,
         step: int,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizer | None = None,
         stats: bool = False,
         jaccard: bool = False,
         check_finite: bool = True,
@@ -368,7 +267,7 @@ class Masker:
     @torch.no_grad()
     def step(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         step: int,
         *,
         stats: bool = False,
@@ -386,9 +285,8 @@ class Masker:
         Quantised (uint8) moments share block scales and are not taken back: of 8-bit optimizers only the weights are.
 
         Args, Returns and Raises: as mask_gradients; the optimizer may be any torch one whose state is tensors of the
-        weight's shape. Parameters that are not eligible are
-        updated as always. after_masking is called between the two, to clip what is left of the gradient, say; under
-        `update` p.grad is not masked.
+        weight's shape. Parameters that are not eligible are updated as always. after_masking is called between the two,
+        to clip what is left of the gradient, say; under `update` p.grad is not masked.
         """
         takes_back = self.masked_weights != "momentum"
         statistics, masks = self._mask(step, optimizer, stats, jaccard, check_finite, keep_bits=takes_back)
@@ -430,12 +328,10 @@ class Masker:
             ValueError: nothing was calibrated, or a sum is not finite.
         """
         if not self._squares:
-            raise ValueError(
-                "squared_gradients: there is nothing to choose by; call calibrate() after backward() first"
-            )
-        matrices, all_reduce = _matrices(self._squares, self.eligible)
-        _raise_if_not_finite(matrices, all_reduce)
-        self._held = _bits(matrices, self._select(matrices, all_reduce, 0, None))
+            raise ValueError("squared_gradients: nothing to choose by; call calibrate() after backward() first")
+        selection = self._selection(self._squares, 0, None)
+        _raise_if_not_finite(selection)
+        self._held = _bits(_select(selection))
         self._squares = {}
 
     @torch.no_grad()
@@ -465,29 +361,12 @@ class Masker:
 
     def summary(self) -> str:
         """What is masked, for people: eligible tensors grouped by shape, and their share of all parameters."""
-        by_shape: dict[tuple, list[str]] = defaultdict(list)
-        for name, p in self.eligible.items():
-            by_shape[tuple(p.shape)].append(name)
-        share = sum(p.numel() for p in self.eligible.values()) / max(self.total_entries, 1)
-        kept = ""
-        if self.score:
-            when = {0: "once", 1: "at each step"}.get(self.refresh_every, f"every {self.refresh_every} steps")
-            kept = f" (score {self.score}, chosen {when}, masked_weights {self.masked_weights})"
-            kept += f", keep_ratio {self.keep_ratio}, scope {self.scope}"
-        lines = [f"rule {self.rule}{kept}: {len(self.eligible)} tensors, {share:.1%} of all parameters, are maskable"]
-        for shape, names in by_shape.items():
-            frozen = sum(not self.eligible[n].requires_grad for n in names)
-            kinds = sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names})
-            lines.append(
-                f"  {len(names):4d} x {'x'.join(map(str, shape)):<14} {', '.join(kinds)}"
-                + (f"  ({frozen} frozen)" if frozen else "")
-            )
-        return "\n".join(lines)
+        return _summary(self)
 
     def _mask(
         self,
         step: int,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizer | None,
         stats: bool,
         jaccard: bool,
         check_finite: bool,
@@ -497,90 +376,102 @@ class Masker:
         if not (self.score or stats or jaccard or check_finite):
             return None, {}
         grads = {name: p.grad for name, p in self.eligible.items() if p.grad is not None}
-        matrices, all_reduce = _matrices(grads, self.eligible)
-        if check_finite and matrices:
-            _raise_if_not_finite(matrices, all_reduce)
+        selection = self._selection(grads, step, optimizer)
+        if check_finite:
+            _raise_if_not_finite(selection)
         if self.score == "gradient" and self.refresh_every == 1 and not (stats or jaccard or keep_bits):
-            _zero_all_but_largest(matrices, all_reduce, self.keep_ratio, self.scope)
+            _zero_all_but_largest(selection)
             return None, {}
-        counts, bits = {}, {}
-        masks = self._masks(matrices, all_reduce, step, optimizer)
-        for name, chunks in itertools.groupby(masks, key=lambda chunk: chunk[0].name):
-            flat = []
-            for _, g, mask in chunks:
-                before = _nonzero_and_energy(g) if stats else None
-                # under `update` the moments see the whole gradient
-                masked = g.mul_(mask) if self.masked_weights != "update" else g * mask if stats else None
-                if stats:
-                    now = torch.stack([mask.sum().double(), *before, *_nonzero_and_energy(masked)])
-                    counts[name] = counts.get(name, 0) + now
-                if keep_bits or jaccard:
-                    flat.append(mask.flatten())
-            if flat:
-                bits[name] = _pack(torch.cat(flat))
-        overlap = None
+        counts, bits, overlap = {}, {}, None
+        # under `update` the moments see the whole gradient
+        chunks = _multiply(self._masks(selection, step), self.masked_weights != "update", counts if stats else None)
+        if keep_bits or jaccard:
+            bits = _bits(chunks)
+        else:
+            for _ in chunks:  # each is masked as it comes
+                pass
         if jaccard:
             overlap, self._last = _overlap(bits, self._last), bits
-        return _statistics(self.eligible, counts, overlap, jaccard, all_reduce) if stats else None, bits
+        return _statistics(self.eligible, counts, overlap, jaccard, selection.all_reduce) if stats else None, bits
 
-    def _masks(
-        self,
-        matrices: list["_Matrix"],
-        all_reduce: "_AllReduce",
-        step: int,
-        optimizer: torch.optim.Optimizer | None,
-    ) -> Iterator["_MaskedChunk"]:
+    def _selection(self, tensors: dict[str, Tensor], step: int, optimizer: Optimizer | None) -> "_Selection":
+        """What masks are chosen from at this step: the gradients, or tensors of their layout."""
+        seeds = {name: _parameter_seed(self.seed, step, name) for name in self.eligible}
+        scorer = _Scorer(SCORES.get(self.score), seeds, _first_moments(optimizer, self.eligible))
+        return _Selection(*_matrices(tensors, self.eligible), scorer, self.keep_ratio, self.scope)
+
+    def _masks(self, selection: "_Selection", step: int) -> Iterator["_MaskedChunk"]:
         """The masks of this step: chosen now, or held since an earlier step."""
         if not self.score:
-            return _masks_from_bits(matrices, None)
+            return _masks_from_bits(selection.matrices, None)
         if self.needs_calibration:
-            raise ValueError(
-                f"rule {self.rule} has no masks yet: calibrate() and fix_masks() come before the first step"
-            )
+            raise ValueError(f"rule {self.rule} has no masks: calibrate() and fix_masks() come before the first step")
         if self.refresh_every == 1 and self.score != "low_rank":
-            return self._select(matrices, all_reduce, step, optimizer)
+            return _select(selection)
         if self.score != "squared_gradients":
             if 0 < self.refresh_every <= step - self._chosen_at:
                 self._held = {}
             if not self._held:
                 self._chosen_at = step
             # all of them; afterwards, those that have a gradient for the first time
-            self._held |= self._choose([m for m in matrices if m.name not in self._held], all_reduce, step, optimizer)
-        return _masks_from_bits(matrices, self._held)
-
-    def _choose(
-        self,
-        matrices: list["_Matrix"],
-        all_reduce: "_AllReduce",
-        step: int,
-        optimizer: torch.optim.Optimizer | None,
-    ) -> dict[str, Tensor]:
-        """Masks, as bits, that serve for more than a step."""
-        if self.score != "low_rank":
-            return _bits(matrices, self._select(matrices, all_reduce, step, optimizer))
-        names = dict.fromkeys(m.name for m in matrices)
-        return {
-            name: _low_rank_bits(name, self.eligible[name], self.lift_rank, self.keep_ratio, self.seed)
-            for name in names
-        }
-
-    def _select(
-        self,
-        matrices: list["_Matrix"],
-        all_reduce: "_AllReduce",
-        step: int,
-        optimizer: torch.optim.Optimizer | None,
-    ) -> Iterator["_MaskedChunk"]:
-        """Masks chosen by the score, now."""
-        seeds = {name: _parameter_seed(self.seed, step, name) for name in self.eligible}
-        moment_of = _first_moments(optimizer, self.eligible)
-        scorer = _Scorer(SCORES[self.score], seeds, moment_of)
-        return _select(matrices, all_reduce, scorer, self.keep_ratio, self.scope)
+            new = [m for m in selection.matrices if m.name not in self._held]
+            if self.score == "low_rank":
+                parameters = {m.name: self.eligible[m.name] for m in new}
+                self._held |= _low_rank_bits(parameters, self.lift_rank, self.keep_ratio, self.seed)
+            else:
+                self._held |= _bits(_select(selection._replace(matrices=new)))
+        return _masks_from_bits(selection.matrices, self._held)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which parameters a model's Masker looks at
+# The words of a configuration, and the parameters that they mean
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def scores() -> tuple[str, ...]:
+    """The words for a score: SCORES, and `low_rank`, for which whole matrices are needed: see low_rank_part."""
+    return *SCORES, "low_rank"
+
+
+def rules() -> tuple[str, ...]:
+    """The words for a rule: RULES, and the scores that none of them uses, chosen at each step."""
+    used = {rule.score for rule in RULES.values()}
+    return *RULES, *(score for score in SCORES if score not in used)
+
+
+def rule_of(
+    word: str, score: str | None = None, refresh_every: int | None = None, masked_weights: str | None = None
+) -> Rule:
+    """The axes of a rule, each overridden by an argument that is not None.
+
+    Raises:
+        ValueError: a word is unknown, or the axes do not go together.
+    """
+    if word not in rules():
+        raise ValueError(f"rule must be one of {', '.join(rules())}; got {word!r}")
+    rule = RULES.get(word) or Rule(word, 1, "momentum", "")
+    axes = {"score": score, "refresh_every": refresh_every, "masked_weights": masked_weights}
+    given = {axis: value for axis, value in axes.items() if value is not None}
+    if given and not rule.score:
+        raise ValueError(f"{next(iter(given))} has no meaning for rule {word}, which masks no entries")
+    rule = rule._replace(**given)
+    if rule.score and rule.score not in scores():
+        raise ValueError(f"score must be one of {', '.join(scores())}; got {rule.score!r}")
+    if rule.masked_weights not in MASKED_WEIGHTS:
+        raise ValueError(f"masked_weights must be one of {', '.join(MASKED_WEIGHTS)}; got {rule.masked_weights!r}")
+    if rule.refresh_every < 0:
+        raise ValueError(f"refresh_every must be at least 0, got {rule.refresh_every}")
+    if rule.score == "squared_gradients" and rule.refresh_every:
+        raise ValueError(
+            f"score squared_gradients is chosen once, after the calibration: refresh_every must be 0, "
+            f"got {rule.refresh_every}"
+        )
+    return rule
+
+
+def masks_entries(rule: str) -> bool:
+    """Whether a rule masks single entries, so that keep_ratio and its companions have a meaning for it."""
+    return bool(rule_of(rule).score)
 
 
 def _without_wrappers(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -612,7 +503,7 @@ def _eligible(
 # Matrices, chunks of them, and the parts of them that this process holds
 # ---------------------------------------------------------------------------------------------------------------------
 
-
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # entries per chunk: the CPU's cache; enough work for a GPU
 _AllReduce = Callable[[Tensor], object] | None  # sums over the processes that hold the other parts, in place
 
 
@@ -709,26 +600,10 @@ def _row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which entries are kept: thresholds of matrices, exactly and in chunks
+# Which entries of all matrices are kept
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def _is_kept(scores: Tensor, threshold: Tensor) -> Tensor:
-    """bool, shape of scores. A floating-point score of 0 (a gradient of 0) is never kept, even where T is 0."""
-    return magnitude_keys(scores) >= (threshold.clamp(min=1) if scores.is_floating_point() else threshold)
-
-
 _MaskedChunk = tuple[_Matrix, Tensor, Tensor]  # (matrix, a chunk of its gradient as a view, that chunk's mask)
-
-
-def _units(matrices: list[_Matrix], all_reduce: _AllReduce, scope: str) -> list[list[_Matrix]]:
-    """The matrices that share a threshold."""
-    if not matrices:
-        return []
-    # one histogram, or one collective, for matrices whose keys have different widths would mix up their digits
-    if (scope == "model" or all_reduce) and len(dtypes := {m.grad.dtype for m in matrices}) > 1:
-        raise ValueError(f"with scope model or shards all gradients must have one dtype, got {dtypes}")
-    return [matrices] if scope == "model" else [[m] for m in matrices]
 
 
 class _Scorer(NamedTuple):
@@ -745,14 +620,23 @@ class _Scorer(NamedTuple):
             places = slice(start, start + g.numel())
             yield g, self._scores(m, m.offset + offset, places, g.reshape(-1), w.reshape(-1))
 
+    def keys(self, unit: list[_Matrix]) -> Iterator[Tensor]:
+        """The magnitudes of the scores of some matrices, in flat chunks."""
+        for m in unit:
+            for _, scores in self.chunks(m):
+                yield magnitude_keys(scores)
+
+    def key_dtype(self, m: _Matrix) -> torch.dtype:
+        """That of a matrix's keys: from its first row."""
+        return next(self.keys([m._replace(grad=m.grad[:1], weight=m.weight[:1])])).dtype
+
     def sample(self, m: _Matrix, count: int) -> Tensor:
         """(count,) scores of entries that are drawn at random; those of a random score are of other entries."""
         counter = Entries(m.grad.new_empty(count), m.grad, 0, 0)
         places = (score_random(counter).long() * m.grad.numel()) >> 31
         grad = m.grad.take(places)
-        weight = (
-            grad if self.score is score_gradient else m.weight.take(places)
-        )  # unused there, and far apart in memory
+        # |G| has no use for the weights, which lie far apart in memory
+        weight = grad if self.score is score_gradient else m.weight.take(places)
         return self._scores(m, m.offset, m.start + places, grad, weight)
 
     def _scores(self, m: _Matrix, offset: int, places: slice | Tensor, grad: Tensor, weight: Tensor) -> Tensor:
@@ -760,28 +644,58 @@ class _Scorer(NamedTuple):
         return self.score(Entries(grad, weight, offset, self.seeds[m.name], moment))
 
 
-def _select(
-    matrices: list[_Matrix], all_reduce: _AllReduce, scorer: _Scorer, keep_ratio: float, scope: str
-) -> Iterator[_MaskedChunk]:
-    """Choose the entries with the largest scores; yields in the order of `matrices`."""
-    for unit, threshold in _thresholds(_units(matrices, all_reduce, scope), all_reduce, scorer, keep_ratio):
-        for m in unit:
-            for g, scores in scorer.chunks(m):
-                yield m, g, _is_kept(scores, threshold).view_as(g)
+class _Selection(NamedTuple):
+    """What masks are chosen from, and how."""
+
+    matrices: list[_Matrix]
+    all_reduce: _AllReduce
+    scorer: _Scorer
+    keep_ratio: float
+    scope: str
+
+    def units(self) -> list[list[_Matrix]]:
+        """The matrices that share a threshold."""
+        # one histogram, or one collective, for matrices whose keys have different widths would mix up their digits
+        dtypes = {m.grad.dtype for m in self.matrices}
+        if (self.scope == "model" or self.all_reduce) and len(dtypes) > 1:
+            raise ValueError(f"with scope model or shards all gradients must have one dtype, got {dtypes}")
+        return [self.matrices] if self.scope == "model" and self.matrices else [[m] for m in self.matrices]
 
 
-def _zero_all_but_largest(matrices: list[_Matrix], all_reduce: _AllReduce, keep_ratio: float, scope: str) -> None:
+def _select(selection: _Selection) -> Iterator[_MaskedChunk]:
+    """Choose the entries with the largest scores; yields in the order of the matrices."""
+    for m, threshold in _thresholds(selection):
+        for g, scores in selection.scorer.chunks(m):
+            yield m, g, _is_kept(scores, threshold).view_as(g)
+
+
+def _zero_all_but_largest(selection: _Selection) -> None:
     """GMT's mask, in place: as _select by the gradient and a multiplication, but written in one pass."""
-    units = _units(matrices, all_reduce, scope)
-    scorer = _Scorer(score_gradient, {m.name: 0 for m in matrices})
-    thresholds = _thresholds(units, all_reduce, scorer, keep_ratio)
-    if kernels := _kernels_for(matrices):
-        kernels.mask_(_gradients(units), torch.stack([threshold for _, threshold in thresholds]))
+    if kernels := _kernels_for(selection.matrices):
+        matrices, thresholds = zip(*_thresholds(selection), strict=True)
+        kernels.mask_([[m.grad] for m in matrices], torch.stack(thresholds))
         return
-    for unit, threshold in thresholds:
-        for m in unit:
-            for _, g in _row_chunks(m.grad):
-                _zero_below_(g, threshold)
+    for m, threshold in _thresholds(selection):
+        for _, g in _row_chunks(m.grad):
+            _zero_below_(g, threshold)
+
+
+def _multiply(
+    chunks: Iterator[_MaskedChunk], in_place: bool, counts: dict[str, Tensor] | None
+) -> Iterator[_MaskedChunk]:
+    """Hand chunks on as their gradients are masked; in `counts` sum up COUNTS, without entries, per parameter."""
+    for m, g, mask in chunks:
+        before = None if counts is None else _nonzero_and_energy(g)
+        masked = g.mul_(mask) if in_place else None if counts is None else g * mask
+        if counts is not None:
+            now = torch.stack([mask.sum().double(), *before, *_nonzero_and_energy(masked)])
+            counts[m.name] = counts.get(m.name, 0) + now
+        yield m, g, mask
+
+
+def _is_kept(scores: Tensor, threshold: Tensor) -> Tensor:
+    """bool, shape of scores. A floating-point score of 0 (a gradient of 0) is never kept, even where T is 0."""
+    return magnitude_keys(scores) >= (threshold.clamp(min=1) if scores.is_floating_point() else threshold)
 
 
 def _zero_below_(g: Tensor, threshold: Tensor) -> None:
@@ -794,7 +708,7 @@ def _zero_below_(g: Tensor, threshold: Tensor) -> None:
 
 
 def _first_moments(
-    optimizer: torch.optim.Optimizer | None, parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer | None, parameters: dict[str, nn.Parameter]
 ) -> Callable[[str, slice | Tensor, Tensor], Tensor]:
     """A function (name, places of the entries in this process's part, their gradients) -> their first moments in Adam
     after this step, computed as torch's AdamW does."""
@@ -817,36 +731,101 @@ def _first_moments(
     return moment
 
 
-def _thresholds(
-    units: list[list[_Matrix]], all_reduce: _AllReduce, scorer: _Scorer, keep_ratio: float
-) -> Iterator[tuple[list[_Matrix], Tensor]]:
-    """(the matrices that share a threshold, the threshold as a key)."""
-    numbers = [sum(m.numel for m in unit) for unit in units]
-    ks = [keep_count(n, keep_ratio) for n in numbers]
-    is_gradient = scorer.score is score_gradient
-    if is_gradient and units and (kernels := _kernels_for([m for unit in units for m in unit])):
-        yield from zip(units, kernels.kth_largest_keys(_gradients(units), ks, numbers, all_reduce), strict=True)
-    elif all_reduce is None:
-        for unit, k in zip(units, ks, strict=True):
-            yield unit, _kth_largest_key(unit, scorer, k)
+# ---------------------------------------------------------------------------------------------------------------------
+# LIFT's score, of whole matrices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def low_rank_part(matrix: Tensor, rank: int, seed: int = 0) -> Tensor:
+    """The part of a matrix that its `rank` largest singular values make: what LIFT takes for important is large in it.
+
+    Exact for small matrices. For larger ones the randomised SVD of Halko, Martinsson and Tropp (SIAM Review 2011) with
+    two power iterations: seven products with matrices of up to rank + 10 columns instead of a full decomposition.
+
+    Args:
+        matrix: (m, n) floating point.
+        rank: at least 1.
+        seed: of the random test matrix, which depends on nothing else.
+    Returns:
+        (m, n) fp32, or fp64 for an fp64 matrix.
+    """
+    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+    columns = rank + 10
+    if min(wide.shape) <= rank:
+        return wide
+    if min(wide.shape) <= 4 * columns:
+        basis, small = None, wide
     else:
-        for i in range(0, len(units), _SHARDED_BUCKET):  # together they share a collective
-            bucket = units[i : i + _SHARDED_BUCKET]
-            sources = [functools.partial(_keys, unit, scorer) for unit in bucket]
-            bucket_ks = ks[i : i + _SHARDED_BUCKET]
-            dtype, device = _key_dtype(bucket[0][0], scorer), bucket[0][0].grad.device
-            yield from zip(bucket, kth_largest_keys(sources, bucket_ks, dtype, device, all_reduce), strict=True)
+        numbers = score_random(Entries(wide.new_empty(wide.shape[1] * columns), wide, 0, seed))
+        basis = torch.linalg.qr(wide @ (numbers.to(wide.dtype) / 2**30 - 1).view(-1, columns)).Q
+        for _ in range(2):
+            basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis).Q).Q
+        small = basis.T @ wide
+    u, values, v = torch.linalg.svd(small, full_matrices=False)
+    left = u[:, :rank] * values[:rank]
+    return (left if basis is None else basis @ left) @ v[:rank]
 
 
-def _keys(unit: list[_Matrix], scorer: _Scorer) -> Iterator[Tensor]:
-    for m in unit:
-        for _, scores in scorer.chunks(m):
-            yield magnitude_keys(scores)
+def _low_rank_bits(parameters: dict[str, nn.Parameter], rank: int, keep_ratio: float, seed: int) -> dict[str, Tensor]:
+    """The masks of the largest entries of the rank-r parts of W, as bits per parameter, of this process's part.
+
+    Every process gathers one whole parameter at a time, and comes to the same mask.
+    """
+    bits = {}
+    for name, p in parameters.items():
+        whole = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        masks = []
+        for m in _split(name, whole, whole, whole.shape, 0):
+            part = low_rank_part(m.weight, rank, _parameter_seed(seed, m.offset, name))
+            masks.append(topk_mask(part, keep_count(m.numel, keep_ratio)).flatten())
+        bits[name] = _bits_of_this_process(_pack(torch.cat(masks)), p.detach())
+    return bits
 
 
-def _key_dtype(m: _Matrix, scorer: _Scorer) -> torch.dtype:
-    _, few = next(scorer.chunks(m._replace(grad=m.grad[:1], weight=m.weight[:1])))
-    return magnitude_keys(few).dtype
+# ---------------------------------------------------------------------------------------------------------------------
+# Thresholds: the k-th largest score, exactly and in chunks
+# ---------------------------------------------------------------------------------------------------------------------
+
+_INTEGER_OF = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+_DIGIT_BITS = 16  # a histogram has at most 2**16 bins; a key of 31 bits takes two passes
+_SORT_BELOW = 1 << 16  # entries; on a CPU kthvalue is fastest there, and as exact
+_SAMPLE = 1 << 16  # entries at most that are drawn to guess a threshold
+_SHARDED_BUCKET = 16  # matrices whose histograms (0.5 MiB each) share a collective
+
+
+def magnitude_keys(scores: Tensor) -> Tensor:
+    """Integers in the order of |scores|: IEEE bits without the sign; non-negative integers are their own keys.
+
+    Args:
+        scores: any shape; bf16, fp16, fp32, fp64 or a signed integer dtype with values >= 0.
+    Returns:
+        int16, int32 or int64, same shape. Infinity is the largest finite key + 1, NaN lies above it.
+    """
+    if not scores.is_floating_point():
+        return scores
+    bits = scores.view(_INTEGER_OF[scores.dtype])
+    return bits & torch.iinfo(bits.dtype).max
+
+
+def _thresholds(s: _Selection) -> Iterator[tuple[_Matrix, Tensor]]:
+    """(matrix, the threshold of its scores as a key), in the order of the matrices."""
+    units = s.units()
+    numbers = [sum(m.numel for m in unit) for unit in units]
+    ks = [keep_count(n, s.keep_ratio) for n in numbers]
+    if s.scorer.score is score_gradient and (kernels := _kernels_for(s.matrices)):
+        found = kernels.kth_largest_keys([[m.grad for m in unit] for unit in units], ks, numbers, s.all_reduce)
+    elif s.all_reduce is None:
+        found = (_kth_largest_key(unit, s.scorer, k) for unit, k in zip(units, ks, strict=True))
+    else:
+        found = _kth_largest_keys_of_shards(units, ks, s.scorer, s.all_reduce)
+    for unit, threshold in zip(units, found, strict=True):
+        for m in unit:
+            yield m, threshold
 
 
 @functools.cache
@@ -867,21 +846,15 @@ def _kernels_for(matrices: list[_Matrix]) -> Any:
     return kernels if kernels and kernels.is_usable(m.grad for m in matrices) else None
 
 
-def _gradients(units: list[list[_Matrix]]) -> list[list[Tensor]]:
-    return [[m.grad for m in unit] for unit in units]
-
-
-def _low_rank_bits(name: str, p: nn.Parameter, rank: int, keep_ratio: float, seed: int) -> Tensor:
-    """The mask of the largest entries of the rank-r part of W, as bits of this process's part.
-
-    Every process gathers the whole tensor and comes to the same mask.
-    """
-    whole = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
-    masks = []
-    for m in _split(name, whole, whole, whole.shape, 0):
-        part = low_rank_part(m.weight, rank, _parameter_seed(seed, m.offset, name))
-        masks.append(topk_mask(part, keep_count(m.numel, keep_ratio)).flatten())
-    return _bits_of_this_process(_pack(torch.cat(masks)), p.detach())
+def _kth_largest_keys_of_shards(
+    units: list[list[_Matrix]], ks: list[int], scorer: _Scorer, all_reduce: _AllReduce
+) -> Iterator[Tensor]:
+    """The k-th largest key of each unit, from this process's parts; some of them at a time share a collective."""
+    for i in range(0, len(units), _SHARDED_BUCKET):
+        bucket = units[i : i + _SHARDED_BUCKET]
+        sources = [functools.partial(scorer.keys, unit) for unit in bucket]
+        dtype, device = scorer.key_dtype(bucket[0][0]), bucket[0][0].grad.device
+        yield from kth_largest_keys(sources, ks[i : i + _SHARDED_BUCKET], dtype, device, all_reduce)
 
 
 def _histogram(keys: Tensor, shift: int, prefix: Tensor | None) -> Tensor:
@@ -940,16 +913,16 @@ def _kth_largest_key(unit: list[_Matrix], scorer: _Scorer, k: int) -> Tensor:
     On a CPU: few keys are sorted in part; of wide keys one reading serves, where two histograms would take two.
     """
     n = sum(m.numel for m in unit)
-    device, dtype = unit[0].grad.device, _key_dtype(unit[0], scorer)
+    device, dtype = unit[0].grad.device, scorer.key_dtype(unit[0])
     if device.type == "cpu" and n < _SORT_BELOW:
-        return torch.cat(list(_keys(unit, scorer))).kthvalue(n - k + 1).values
+        return torch.cat(list(scorer.keys(unit))).kthvalue(n - k + 1).values
     if device.type == "cpu" and torch.iinfo(dtype).bits > _DIGIT_BITS:
         drawn = min(_SAMPLE, n // 512 + 4096)
         sample = [magnitude_keys(scorer.sample(m, -(-drawn * m.numel // n))) for m in unit]
-        found = _kth_in_bracket(_keys(unit, scorer), *_bracket(torch.cat(sample), k / n), k, n)
+        found = _kth_in_bracket(scorer.keys(unit), *_bracket(torch.cat(sample), k / n), k, n)
         if found is not None:
             return found
-    return kth_largest_keys([functools.partial(_keys, unit, scorer)], [k], dtype, device)[0]
+    return kth_largest_keys([functools.partial(scorer.keys, unit)], [k], dtype, device)[0]
 
 
 def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
@@ -996,7 +969,7 @@ def _kth_in_bracket(chunks: Iterable[Tensor], low: int, high: int, k: int, n: in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _one_by_one(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+def _one_by_one(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     """The optimizer's parameters; while one is given out, the optimizer holds it alone."""
     groups = [(group, group["params"]) for group in optimizer.param_groups]
     try:
@@ -1052,12 +1025,12 @@ def _unpack(bits: Tensor, start: int, stop: int) -> Tensor:
     return flat[start % 8 : start % 8 + stop - start]
 
 
-def _bits(matrices: list[_Matrix], masks: Iterator[_MaskedChunk]) -> dict[str, Tensor]:
-    """The masks of this process's parts of the matrices, as bits per parameter."""
-    parts: dict[str, list[Tensor]] = {m.name: [] for m in matrices}
-    for m, _, mask in masks:
-        parts[m.name].append(mask.flatten())
-    return {name: _pack(torch.cat(masks)) for name, masks in parts.items()}
+def _bits(chunks: Iterator[_MaskedChunk]) -> dict[str, Tensor]:
+    """Masks as bits: per parameter, of the part that this process holds. One parameter's are bools at a time."""
+    return {
+        name: _pack(torch.cat([mask.flatten() for _, _, mask in group]))
+        for name, group in itertools.groupby(chunks, key=lambda chunk: chunk[0].name)
+    }
 
 
 def _masks_from_bits(matrices: list[_Matrix], bits: dict[str, Tensor] | None) -> Iterator[_MaskedChunk]:
@@ -1087,8 +1060,28 @@ def _bits_of_this_process(bits: Tensor, p: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Statistics and checks
+# Summary, statistics and checks
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _summary(masker: Masker) -> str:
+    by_shape: dict[tuple, list[str]] = defaultdict(list)
+    for name, p in masker.eligible.items():
+        by_shape[tuple(p.shape)].append(name)
+    share = sum(p.numel() for p in masker.eligible.values()) / max(masker.total_entries, 1)
+    kept = ""
+    if masker.score:
+        when = {0: "once", 1: "at each step"}.get(masker.refresh_every, f"every {masker.refresh_every} steps")
+        kept = f" (score {masker.score}, chosen {when}, masked_weights {masker.masked_weights})"
+        kept += f", keep_ratio {masker.keep_ratio}, scope {masker.scope}"
+    lines = [f"rule {masker.rule}{kept}: {len(masker.eligible)} tensors, {share:.1%} of all parameters, are maskable"]
+    for shape, names in by_shape.items():
+        frozen = sum(not masker.eligible[n].requires_grad for n in names)
+        kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names}))
+        lines.append(
+            f"  {len(names):4d} x {'x'.join(map(str, shape)):<14} {kinds}" + f"  ({frozen} frozen)" * (frozen > 0)
+        )
+    return "\n".join(lines)
 
 
 def _nonzero_and_energy(grad: Tensor) -> Tensor:
@@ -1139,14 +1132,15 @@ def _statistics(
     return statistics
 
 
-def _raise_if_not_finite(matrices: list[_Matrix], all_reduce: _AllReduce) -> None:
-    norms = [torch.linalg.vector_norm(m.grad, ord=float("inf")) if m.grad.numel() else None for m in matrices]
-    is_bad = torch.stack(  # a NaN stays one in this norm
-        [
-            torch.zeros((), device=m.grad.device) if x is None else (~x.isfinite()).float()
-            for m, x in zip(matrices, norms, strict=True)
-        ]
-    )
+def _raise_if_not_finite(selection: _Selection) -> None:
+    """Name the first matrix with an entry that is not finite, on every process."""
+    matrices, all_reduce = selection.matrices, selection.all_reduce
+    if not matrices:
+        return
+    norms = [  # a NaN stays one in this norm
+        torch.linalg.vector_norm(m.grad, ord=float("inf")) if m.grad.numel() else m.grad.new_zeros(()) for m in matrices
+    ]
+    is_bad = torch.stack([~norm.isfinite() for norm in norms]).float()
     if all_reduce:
         all_reduce(is_bad)
     if is_bad.any():

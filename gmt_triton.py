@@ -229,6 +229,21 @@ def _gather_kernel(
 
 
 @triton.jit
+def _entries(columns, matrix, BITS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where a matrix's entries lie."""
+    entries = tl.load(columns + matrix).to(tl.pointer_type(BITS))
+    if ALIGNED:  # so that loads and stores are of 16 bytes
+        entries = tl.multiple_of(entries, 16)
+    return entries
+
+
+@triton.jit
+def _kept(bits, threshold, LARGEST: tl.constexpr):
+    """The entries, as bits, with 0 for those whose magnitude is below the threshold."""
+    return tl.where((bits.to(tl.int32) & LARGEST) >= threshold, bits, 0)
+
+
+@triton.jit
 def _tally(bits, low, high, shift, histogram, LARGEST: tl.constexpr):
     """Count the magnitudes inside the bracket in the histogram; int32 1 for each that is above it."""
     key = bits.to(tl.int32) & LARGEST
@@ -261,9 +276,7 @@ def _count_kernel(
     high = tl.load(brackets + units + unit)
     shift = tl.load(brackets + 2 * units + unit)
     if (low <= high) & (program * BLOCK < n):
-        entries = tl.load(columns + matrix).to(tl.pointer_type(BITS))
-        if ALIGNED:
-            entries = tl.multiple_of(entries, 16)
+        entries = _entries(columns, matrix, BITS, ALIGNED)
         histogram = bins + (unit * COPIES + (matrix + program) % COPIES) * BINS
         lane = tl.arange(0, BLOCK)
         larger = tl.zeros([BLOCK], tl.int32)
@@ -291,16 +304,13 @@ def _mask_kernel(
     matrix, program, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     n = tl.load(columns + matrices + matrix)
     threshold = tl.load(thresholds + tl.load(columns + 2 * matrices + matrix)).to(tl.int32)
-    entries = tl.load(columns + matrix).to(tl.pointer_type(BITS))
-    if ALIGNED:
-        entries = tl.multiple_of(entries, 16)
+    entries = _entries(columns, matrix, BITS, ALIGNED)
     lane = tl.arange(0, BLOCK)
     blocks = n // BLOCK
     for block in range(program, blocks, programs):
         bits = tl.load(entries + block * BLOCK + lane)
-        tl.store(entries + block * BLOCK + lane, tl.where((bits.to(tl.int32) & LARGEST) >= threshold, bits, 0))
+        tl.store(entries + block * BLOCK + lane, _kept(bits, threshold, LARGEST))
     if blocks % programs == program:
         rest = blocks * BLOCK + lane
         bits = tl.load(entries + rest, mask=rest < n, other=0)
-        kept = tl.where((bits.to(tl.int32) & LARGEST) >= threshold, bits, 0)
-        tl.store(entries + rest, kept, mask=rest < n)
+        tl.store(entries + rest, _kept(bits, threshold, LARGEST), mask=rest < n)

@@ -13,7 +13,7 @@ os.environ.update(  # as configs/accelerate/fsdp2.yaml has it
     ACCELERATE_USE_FSDP="true",
     FSDP_VERSION="2",
     FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-    FSDP_RESHARD_AFTER_FORWARD="true",
+    FSDP_RESHARD_AFTER_FORWARD=os.environ.get("RESHARD", "true"),
     FSDP_CPU_RAM_EFFICIENT_LOADING="true",
 )
 if replicate := os.environ.get("FSDP_REPLICATE"):
@@ -36,10 +36,5 @@ AcceleratorState.__init__ = fsdp_state
 
 if __name__ == "__main__":
     import worker  # the patches of the other distributed tests
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    if "float64" in sys.argv:
-        LlamaRMSNorm.forward = worker.exact_norm
-    worker.gmt.Masker.mask_gradients = worker.keep_gradients
-    worker.run_folder.Log.write = worker.crash
-    worker.train.main(sys.argv[1:])
+    worker.main(sys.argv[1:])

@@ -84,7 +84,6 @@ def test_resume_is_bitwise(tmp_path, train_args, processes):
             for case in (
                 (2, "gmt", ["--scope", "model"]),
                 (3, "grad_square", ["--calibration_steps", "2"]),
-                (2, "hft", []),
                 (4, "rmt", ["--two_machines"]),
             )
         ),
@@ -96,7 +95,7 @@ def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, process
     Two machines are two torchruns with two processes each: sharded inside, replicated between them.
     """
     args = ["--rule", rule, "--master_dtype", "float64", "--eval_rows", "5", "--save_every", "2", *more]
-    args += [] if rule == "hft" else ["--keep_ratio", "0.3"]
+    args += ["--keep_ratio", "0.3"]
     env = {}
     if "--two_machines" in args:
         args.remove("--two_machines")

@@ -453,6 +453,7 @@ class SlowTwin:
         "super_tuning": (lambda s: s.w, 0, "momentum"),
         "mofo": (lambda s: s.next_m, 1, "update"),
         "lift": (lambda s: s.rank_r(), 200, "frozen"),
+        "grad_square": (lambda s: s.squares, 0, "momentum"),
         "weight_gradient": (lambda s: s.w * s.g, 1, "momentum"),
     }
     lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.999, 1e-8, 0.1
@@ -463,6 +464,7 @@ class SlowTwin:
         self.every = self.every if refresh_every is None else refresh_every
         self.masked = masked_weights or self.masked
         self.m, self.v, self.mask, self.t = torch.zeros_like(w), torch.zeros_like(w), None, 0
+        self.squares = torch.zeros_like(w)  # of the gradients before the first step
 
     def random(self):
         import zlib
@@ -516,6 +518,13 @@ def test_each_rule_is_that_of_its_equation(rule, axes):
     twins = [
         SlowTwin(n, p.detach(), rule, gmt.keep_count(p.numel(), 0.3), 5, **axes) for n, p in model.named_parameters()
     ]
+    for step in (50, 51) if masker.needs_calibration else ():
+        draw(step)
+        masker.calibrate()
+        for twin, p in zip(twins, model.parameters(), strict=True):
+            twin.squares += p.grad**2
+    if masker.needs_calibration:
+        masker.fix_masks()
     for step in range(8):
         draw(step)
         grads = [p.grad.clone() for p in model.parameters()]
@@ -529,10 +538,31 @@ def test_each_rule_is_that_of_its_equation(rule, axes):
 
 def test_the_twin_has_every_rule_that_masks():
     masking = {rule for rule in gmt.rules() if gmt.masks_entries(rule)}
-    assert masking == {*SlowTwin.equations, "grad_square"}  # which has a test of its own
+    assert masking == SlowTwin.equations.keys()
+    assert gmt.RULES.keys() - masking == {"none", "hft"}  # see below
 
 
-@pytest.mark.parametrize("rule", [*SlowTwin.equations])
+@pytest.mark.parametrize("rule", ["none", "hft"])
+def test_without_masks_it_is_adamw_of_what_is_trained(rule):
+    model = llama(2).double()
+    frozen = gmt.freeze_half(model, seed=3) if rule == "hft" else []
+    trained = {n: p for n, p in model.named_parameters() if n not in frozen}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    twins = {n: SlowTwin(n, p.detach(), "gmt", p.numel(), 0) for n, p in trained.items()}  # k: all of them
+    optimizer = torch.optim.AdamW(trained.values(), lr=SlowTwin.lr, weight_decay=SlowTwin.decay)
+    masker = gmt.Masker(model.named_parameters(), rule)
+    for step in range(4):
+        for i, (n, p) in enumerate(trained.items()):
+            generator = torch.Generator().manual_seed(100 * step + i)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            twins[n].step(p.grad.clone())
+        masker.step(optimizer, step)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), twins[n].w if n in trained else before[n], rtol=0, atol=1e-13)
+    assert len(trained) < len(before) or rule == "none"
+
+
+@pytest.mark.parametrize("rule", [rule for rule in SlowTwin.equations if rule != "grad_square"])  # whose masks stay
 def test_masks_go_on_in_the_middle_of_an_interval(rule):
     """A masker loaded from a state of the third of four steps, with the optimizer's, ends at the same bits."""
     import copy
@@ -619,6 +649,9 @@ def test_a_rule_of_ones_own_is_a_function_and_a_line(monkeypatch):
     assert torch.equal(p.grad, expected)
     held = gmt.Masker([("p", p)], "gem", 0.3, refresh_every=0, masked_weights="frozen")
     assert "score gem, chosen once, masked_weights frozen" in held.summary()
+    monkeypatch.setitem(gmt.RULES, "gem_once", gmt.Rule("gem", 0, "frozen", "a preset of all axes"))
+    assert "gem" not in gmt.rules()
+    assert gmt.Masker([("p", p)], "gem_once", 0.3).summary().partition("(")[2] == held.summary().partition("(")[2]
 
 
 def test_refusals_of_axes():

@@ -18,7 +18,7 @@ import train
 from common import run_folder
 from common.config import TrainConfig, UserError, parse
 from common.hub import load_weights
-from training import backend, data, lora, losses, plan
+from training import data, lora, losses, plan
 
 LORA = ["--adapter", "lora", "--lora_rank", "4", "--lora_alpha", "6", "--learning_rate", "1e-2"]
 FP64 = ["--master_dtype", "float64"]
@@ -178,17 +178,50 @@ def test_16_bit_weights_have_matrices_in_fp32(tmp_path, train_args, capsys):
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1 and "warning: master_dtype" not in capsys.readouterr().out
 
 
-def test_two_processes_agree_with_one(tmp_path, train_args):
-    runs = []
-    for n in (1, 2):
-        done = run(n, train_args(tmp_path / str(n), *LORA, *FP64, "--max_steps", "4", "--eval_rows", "5"))
-        assert done.returncode == 0, done.stderr[-3000:]
-        runs.append(adapter(tmp_path / str(n)) | weights(tmp_path / str(n)))
-    assert runs[0].keys() == runs[1].keys()
-    assert max((runs[1][name] - w).abs().max() for name, w in runs[0].items()) < 1e-9
-    assert read_metrics(tmp_path / "2")[-1]["eval_loss"] == pytest.approx(
-        read_metrics(tmp_path / "1")[-1]["eval_loss"], abs=1e-9
-    )
+SHORT = [*LORA, *FP64, "--max_steps", "4", "--eval_rows", "5", "--save_every", "2"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, train_args):
+    """The folder of a short run on one process, whose norms compute in fp64."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaRMSNorm, "forward", exact_norm)
+        train.main(train_args(folder, *SHORT))
+    return folder
+
+
+def assert_near(folder, expected):
+    """The same adapter, merged model and losses, but for rounding."""
+    ours, theirs = (adapter(f) | weights(f) for f in (folder, expected))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - w).abs().max() for name, w in theirs.items()) < 1e-9
+    for a, b in zip(read_metrics(folder), read_metrics(expected), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-9)
+        assert a["eval_loss"] == (b["eval_loss"] and pytest.approx(b["eval_loss"], abs=1e-9))
+
+
+@pytest.mark.parametrize("worker", ["worker", "fsdp_worker"])
+def test_two_processes_agree_with_one(alone, tmp_path, train_args, worker):
+    """Under DDP, and on shards: also A and B as they are saved, and what they are merged into."""
+    done = run(2, train_args(tmp_path / "run", *SHORT), worker)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_near(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_fsdp2_resumes_on_another_number_of_processes_and_trains_in_bf16(alone, tmp_path, train_args):
+    cut = run(2, train_args(tmp_path / "cut", *SHORT), "fsdp_worker", CRASH_AT="3")
+    assert cut.returncode != 0 and len(read_metrics(tmp_path / "cut")) == 3, cut.stderr[-3000:]
+    done = run(3, train_args(tmp_path / "cut", *SHORT, "--resume"), "fsdp_worker", RESHARD="false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_near(tmp_path / "cut", alone)
+    more = ["--mixed_precision", "bf16", "--gradient_checkpointing", "true", "--lora_dropout", "0.1"]
+    done = run(2, train_args(tmp_path / "bf16", *LORA, *more), "fsdp_worker")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {w.dtype for w in (adapter(tmp_path / "bf16") | weights(tmp_path / "bf16")).values()} == {torch.float32}
+    metrics = read_metrics(tmp_path / "bf16")
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1
 
 
 def test_dpo_starts_at_its_reference(tmp_path, train_args):
@@ -253,14 +286,6 @@ def test_the_plans_activations_are_those_that_autograd_saves(tmp_path, train_arg
 def test_what_has_no_meaning_is_refused(tmp_path, train_args, words, message):
     with pytest.raises(UserError, match=message):
         train.main(train_args(tmp_path / "run", *words, "--dry_run"))
-
-
-def test_fsdp2_is_refused(tmp_path, train_args, monkeypatch):
-    config = parse(TrainConfig, train_args(tmp_path / "run", *LORA))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(UserError, match="adapter lora is not supported under FSDP2: use one process or DDP"):
-        backend.check_supported(config)
 
 
 def test_tied_weights_stay_tied(tmp_path, train_args):

@@ -4,6 +4,8 @@ import os
 import sys
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import gmt
@@ -55,11 +57,35 @@ def exact_norm(self, x):
     return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-if __name__ == "__main__":
-    if "float64" in sys.argv:
+load_trainable_model = train.load_trainable_model
+
+
+def load_with_unused_weight(*args):
+    """The model, and a matrix of ones that no step uses."""
+    model = load_trainable_model(*args)
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(4, 5, dtype=model.dtype)))
+    return model
+
+
+def main(words: list[str]) -> None:
+    """A training with the changes above; or several, parted by "+", since the start of processes takes longest."""
+    if "float64" in words:
         LlamaRMSNorm.forward = exact_norm
     gmt.Masker.mask_gradients = keep_gradients
     run_folder.Log.write = crash
+    if "UNUSED" in os.environ:
+        train.load_trainable_model = load_with_unused_weight
+    end_training, Accelerator.end_training = Accelerator.end_training, lambda self: None  # the process group stays
+    while "+" in words:
+        end = words.index("+")
+        train.main(words[:end])
+        AcceleratorState._reset_state()
+        words = words[end + 1 :]
+    Accelerator.end_training = end_training
+    train.main(words)
+
+
+if __name__ == "__main__":
     if "BUCKETS" in os.environ:
         train.backward = gradients_lie_in_buckets
-    train.main(sys.argv[1:])
+    main(sys.argv[1:])

@@ -50,8 +50,6 @@ def check_supported(config: TrainConfig) -> None:
         raise UserError("FSDP1 is not supported, it flattens the matrices: set fsdp_version: 2 (configs/accelerate)")
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise UserError("FSDP2 with CPU offload is not supported: set fsdp_offload_params: false")
-    if config.adapter:
-        raise UserError(f"adapter {config.adapter} is not supported under FSDP2: use one process or DDP")
     if config.optimizer != "adamw":
         raise UserError(f"optimizer {config.optimizer} is of bitsandbytes, which does not know FSDP2: use adamw")
     if config.mixed_precision == "fp16":

@@ -54,8 +54,7 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: s
     checkpoints = folder.with_name("checkpoints")
 
     def write_adapter(aside: Path) -> None:
-        if accelerator.is_main_process:
-            lora.save(adapter, aside)
+        lora.save(adapter, aside, accelerator.is_main_process)
 
     def write(aside: Path) -> None:
         weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None
@@ -67,7 +66,7 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: s
     if adapter is not None:
         beside = folder.with_name("adapter")
         _put_in_place(accelerator, beside, checkpoints, write_adapter, f"adapter {beside}")
-        adapter.merge_and_unload()
+        lora.merge(adapter)
     _put_in_place(accelerator, folder, checkpoints, write, f"model {folder}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 from common.config import TrainConfig, UserError, nearest, user_errors
@@ -22,7 +23,7 @@ def add(config: TrainConfig, model: nn.Module, log: Callable[[str], object] = la
     the dtype of their matrix, but in fp32 for 16-bit weights. A model on the meta device stays there.
 
     Returns:
-        The peft.PeftModel around `model`, for `save` and for its merge_and_unload.
+        The peft.PeftModel around `model`, for `save` and `merge`.
     Raises:
         UserError: a word of lora_targets names no linear layer of the model, or its head.
     """
@@ -55,7 +56,27 @@ def _check_targets(config: TrainConfig, model: nn.Module) -> None:
             raise UserError(f"lora_targets: no linear layer before the head is named {word!r}{nearest(word, known)}")
 
 
-def save(adapter: Any, folder: Path) -> None:
-    """Write an adapter in peft's format, for PeftModel.from_pretrained on the model that training began with."""
-    adapter.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" may ask the Hub about the base model
-    (folder / "README.md").unlink(missing_ok=True)  # an empty form; the card of the run is that of the merged model
+def save(adapter: Any, folder: Path, is_main_process: bool) -> None:
+    """Write an adapter in peft's format, for PeftModel.from_pretrained on the model that training began with.
+
+    The main process writes. Under FSDP2 every process has to make the call: A and B are gathered.
+    """
+    whole = {
+        name: p.full_tensor() if hasattr(p, "full_tensor") else p
+        for name, p in adapter.named_parameters()
+        if p.requires_grad
+    }
+    if is_main_process:  # save_embedding_layers "auto" may ask the Hub about the base model
+        adapter.save_pretrained(str(folder), state_dict=whole, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form; the card is that of the merged model
+
+
+def merge(adapter: Any) -> None:
+    """Add (alpha / r) B A to each matrix, in place, and take A and B out of the model.
+
+    Under FSDP2 each process does so with its shards, and every process has to make the call.
+    """
+    for module in adapter.modules():
+        if isinstance(module, FSDPModule):  # after an evaluation it may still hold weights whole, as copies
+            module.reshard()
+    adapter.merge_and_unload()

@@ -54,7 +54,7 @@ def backward(model: nn.Module, batches: Batches, objective: Objective, accelerat
     """Accumulate the gradient of the step's loss; returns this process's sums of the loss and of the metrics, fp64.
 
     DDP reduces gradients once, after the last micro-batch. FSDP2 does after each, so that no process ever holds all
-    of them.
+    of them. A weight that the step does not use has gradient 0, on every backend.
     """
     sharded = accelerator.distributed_type == DistributedType.FSDP
     sums = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=accelerator.device)
@@ -66,6 +66,9 @@ def backward(model: nn.Module, batches: Batches, objective: Objective, accelerat
             sums += torch.stack([x.detach().double() for x in (loss, *metrics)])
             # DDP and FSDP2 average over the processes: undo that, since `count` already counts all of them
             accelerator.backward(loss * (accelerator.num_processes / count))
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:  # the step has no use for it: 0, as DDP's buckets have it
+            p.grad = torch.zeros_like(p)
     return sums
 
 

@@ -42,6 +42,7 @@ WAYS = {  # name: rule, options of the Masker, statistics at every step
     "gasdu": ("gasdu", {}, False),
     "shira": ("shira", {}, False),
     "super_tuning": ("super_tuning", {}, False),
+    "grad_square": ("grad_square", {}, False),
     "mofo": ("mofo", {}, False),
     "lift": ("lift", {}, False),
     "lift, refresh": ("lift", {"refresh_every": 1}, False),
@@ -115,6 +116,9 @@ def step(
             (F.cross_entropy(logits.float(), rows[:, 1:].flatten(), reduction="sum") / args.tokens).backward()
 
     def mask():
+        if masker.needs_calibration:  # of grad_square, by the gradients of the first step
+            masker.calibrate()
+            masker.fix_masks()
         if masker.masked_weights == "momentum":
             masker.mask_gradients(number, stats=stats, check_finite=False)
 
