@@ -169,12 +169,12 @@ def test_fsdp2_of_a_model_with_buffers_that_are_saved(tmp_path, train_args):
     kind, settings = ARCHITECTURES["experts, latent attention: DeepSeek-V3"]
     model = make_model(tmp_path / "model")  # for its tokenizer
     AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings)).save_pretrained(model)
-    args = ["--model", str(model), "--max_steps", "3", "--master_dtype", "float64"]
+    args = ["--model", str(model), "--max_steps", "3"]
     for processes, worker in ((1, "worker"), (2, "fsdp_worker")):
         done = run(processes, train_args(tmp_path / worker, *args), worker)
         assert done.returncode == 0, done.stderr[-3000:]
     for x, y in zip(read_metrics(tmp_path / "worker"), read_metrics(tmp_path / "fsdp_worker"), strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("worker", ["worker", pytest.param("fsdp_worker", marks=pytest.mark.slow)])

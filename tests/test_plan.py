@@ -1,5 +1,6 @@
 """The plan of --dry_run is what a run then holds and does: pytest tests/test_plan.py"""
 
+import functools
 import gzip
 import json
 import re
@@ -365,6 +366,7 @@ def examples_of(lengths, trained):
     return Examples(rows, np.array(lengths)[:, None], np.array(trained)[:, None])
 
 
+@functools.cache
 def gsm8k():
     """GSM8K's training problems, in letters / 4, which is about their tokens."""
     with gzip.open(DATA / "gsm8k" / "train.jsonl.gz", "rt") as f:
@@ -373,6 +375,7 @@ def gsm8k():
     return examples_of(np.array([len(row["question"]) // 4 for row in rows]) + answers + 40, answers)
 
 
+@functools.cache
 def long_tailed():
     """Log-normal lengths, as of conversations: a median of 300 tokens, some of the longest allowed."""
     rng = np.random.default_rng(0)
@@ -392,7 +395,7 @@ def test_many_processes_run_in_step(data, processes, packing):
     )  # fmt: skip
     config.attention = "flash_attention_2" if packing else "sdpa"  # which need not be installed for this
     idle, passes = {True: [], False: []}, []
-    for step in [*range(20), steps_per_epoch(len(examples), 128) - 1]:  # the last one is short
+    for step in [*range(10), steps_per_epoch(len(examples), 128) - 1]:  # the last one is short
         ids = step_examples(len(examples), 128, 0, step)
         shares = plan.distribute(config, examples, ids, packing, processes)
         assert len(shares) == processes and len({len(process) for process in shares}) == 1
