@@ -115,7 +115,7 @@ def mask_bytes(config: TrainConfig, masker: gmt.Masker, shards: int) -> dict[str
     sets = sets if masker.score or compared else 0
 
     chosen_anew = masker.refresh_every > 1
-    copies = 4 * here[largest] if chosen_anew or takes_back or compared else 0  # bools and bytes on the way to bits
+    copies = 3 * here[largest] if chosen_anew or takes_back or compared else 0  # bools and bytes on the way to bits
     if takes_back:  # the weight, moments of the weight's dtype, and the mask as bytes and as bools
         moments = 2 * (masker.masked_weights == "frozen" and config.optimizer == "adamw")
         copies = max(copies, ((1 + moments) * size + 2) * here[largest])
@@ -175,9 +175,8 @@ def ways_to_save(config: TrainConfig, certain: bool) -> str:
         ways += ["a smaller micro_batch_tokens", "a smaller loss_chunk"]
     sharded = backend.is_sharded()
     ways.append("more GPUs" if sharded else "several GPUs with configs/accelerate/fsdp2.yaml")
-    if not sharded and not config.adapter:
-        ways += ["--optimizer adamw_8bit"] * (config.optimizer == "adamw")
-        ways.append("--adapter lora with --rule none")
+    ways += ["--optimizer adamw_8bit"] * (not sharded and config.optimizer == "adamw")
+    ways += ["--adapter lora with --rule none"] * (not config.adapter)
     return f"use {', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else f"use {ways[0]}"
 
 
