@@ -96,23 +96,29 @@ def on_paper(
 
 
 def load_trainable_model(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, accelerator: Accelerator
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    accelerator: Accelerator | None = None,
 ) -> torch.nn.Module:
     """The model that a run trains: it returns losses, see losses.attach_loss.
 
     Its weights are in master_dtype, whatever dtype they are stored in. Where another process reads them, see
     backend.reads_weights, `prepare` gives this one its part.
 
+    Args:
+        accelerator: of the run; None: the model is for something else than training, and read here.
     Raises:
         UserError: as load_architecture, preflight.check_memory and hub.load_weights.
     """
     on_meta, masker = on_paper(config, tokenizer, examples)
-    check_memory(config, on_meta, masker, accelerator.num_processes)
+    if accelerator:
+        check_memory(config, on_meta, masker, accelerator.num_processes)
     model = load_weights(
         config.model,
         dtype=getattr(torch, config.master_dtype),
         attention=config.attention,
-        values=backend.reads_weights(accelerator, on_meta),
+        values=accelerator is None or backend.reads_weights(accelerator, on_meta),
     )
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
