@@ -387,7 +387,7 @@ def report(
         + (", packed if the model keeps examples apart" if packed else ""),
         "memory per process, at least:",
         *(f"  {gib(n):>12}  {part}" for part, n in held.items()),
-        f"  {gib(needed):>12}  at once (activations of {rows} x {longest} tokens)",
+        f"  {gib(needed):>12}  together at once (activations of {rows} x {longest} tokens)",
         *([f"  {gib(card):>12}  on this GPU"] if card else []),
         *(
             ["warning: it may not fit on this GPU: " + ways_to_save(config, certain=False)]
