@@ -27,9 +27,9 @@ from common.launch import world_size
 from common.templates import TEMPLATES
 from training import backend, checkpoint, checks, interrupts, plan, resume
 from training.data import Examples, describe_example, steps_per_epoch
-from training.loading import load_architecture, load_data, load_trainable_model
+from training.loading import load_data, load_trainable_model, on_paper
 from training.masking import build_masker, calibrate, freeze
-from training.preflight import check_batches, check_paths
+from training.preflight import check_batches, check_memory, check_paths
 from training.reference import build_objectives
 from training.schedule import lr_factor, set_learning_rate
 from training.steps import Clipping, backward, evaluation_loss, scaler_warms_up, step_batches, zero_gradients
@@ -69,7 +69,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     check_batches(config, len(examples), accelerator.num_processes)
     steps_in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     total_steps = config.max_steps or config.epochs * steps_in_epoch
-    model = load_trainable_model(config, tokenizer, examples)
+    model = load_trainable_model(config, tokenizer, examples, accelerator)
     adapter = freeze(config, model, accelerator.print)
     model, optimizer = backend.prepare(accelerator, model, backend.build_optimizer(config, model))
     masker = build_masker(config, accelerator.unwrap_model(model))  # after prepare, which may replace parameters
@@ -233,14 +233,13 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     processes = world_size()
     tokenizer, examples, held_out = load_data(config)
     check_batches(config, len(examples), processes)
-    model = plan.on_meta(config, load_architecture(config, tokenizer, examples))
+    model, masker = on_paper(config, tokenizer, examples)
     if has_weights(config.model):
         load_weights(config.model, device="meta")  # their names and shapes
-    freeze(config, model)
-    sharded = backend.is_sharded()
-    text = plan.report(config, model, build_masker(config, model), examples, len(held_out), processes, sharded)
+    text = plan.report(config, model, masker, examples, len(held_out), processes)
     if os.environ.get("RANK", "0") == "0":
         print(text)
+    check_memory(config, model, masker, processes)
     return {}
 
 

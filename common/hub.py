@@ -91,7 +91,7 @@ def _find_special_tokens_in_texts(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def load_weights(
     source: str, what: str = "model", *, dtype: torch.dtype | None = None, attention: str | None = None,
-    device: torch.device | str | None = None, verified: bool = False,
+    device: torch.device | str | None = None, verified: bool = False, values: bool = True,
 ) -> PreTrainedModel:  # fmt: skip
     """A causal language model with the weights of a folder or Hub id. All of the project's loads of weights come here.
 
@@ -106,6 +106,8 @@ def load_weights(
         attention: transformers' attn_implementation; None: its default.
         device: None: the CPU; "meta": compare names and shapes alone, without memory.
         verified: whether the caller has called integrity.verify, which reads all files.
+        values: False: another process reads the weights, and will send them. The model is the same but for its
+            parameters, which take no memory, see _without_memory; buffers have their values. Nothing is verified.
     Raises:
         UserError: it cannot be loaded; tensors are missing, of other shapes or unexpected; it is a PEFT adapter;
             generation_config.json is damaged; a file is not what it was when it was saved, see integrity.verify.
@@ -113,9 +115,10 @@ def load_weights(
     options = {"dtype": dtype or "auto", "attn_implementation": attention, "device_map": device}
     _refuse_adapter(source, what)
     _check_generation_config(source, what)
-    if is_local(source) and device != "meta" and not verified:
+    shapes_alone = str(device) == "meta" or not values
+    if is_local(source) and not shapes_alone and not verified:
         integrity.verify(Path(source), what)
-    with _shapes_alone() if str(device) == "meta" else contextlib.nullcontext():
+    with _shapes_alone() if shapes_alone else contextlib.nullcontext():
         model, report = from_pretrained(
             AutoModelForCausalLM,
             source,
@@ -139,7 +142,7 @@ def load_weights(
         if names
     ]
     if not problems:
-        return model
+        return model if values else _without_memory(model)
     if any(".lora_" in name or ".base_layer." in name for name in unexpected):
         advice = "these are an adapter's: merge it into its base first (PEFT's merge_and_unload), then save"
     elif wrapper := _wrapper_alone(model, missing, unexpected):
@@ -160,6 +163,22 @@ def _shapes_alone() -> Any:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     return unittest.mock.patch("transformers.core_model_loading._materialize_copy", materialize)
+
+
+def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with parameters on the CPU in the place of those on the meta device: one number each, seen everywhere.
+
+    Other than meta tensors they have an address, by which Accelerate's FSDP2 tells the optimizer's parameters apart.
+    Tied parameters stay tied.
+    """
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p not in made:
+                one_number = torch.zeros((), dtype=p.dtype).expand(p.shape)
+                made[p] = torch.nn.Parameter(one_number, requires_grad=p.requires_grad)
+            setattr(module, name, made[p])
+    return model
 
 
 def has_weights(source: str) -> bool:

@@ -6,6 +6,7 @@ Accelerate builds FSDP for accelerators only. Its FSDP2 path itself runs on gloo
 import os
 import sys
 
+import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 
@@ -34,7 +35,24 @@ def fsdp_state(self, *args, fsdp_plugin=None, **kwargs):
 
 AcceleratorState.__init__ = fsdp_state
 
+
+def keep_weights(prepare):
+    """backend.prepare, which stores what this process has of the model: bytes of weights before, its shards after."""
+
+    def prepare_and_keep(accelerator, model, optimizer):
+        held = {"read": sum(p.untyped_storage().nbytes() for p in model.parameters())}
+        model, optimizer = prepare(accelerator, model, optimizer)
+        held["shards"] = {n: p.to_local().detach().clone() for n, p in model.named_parameters()}
+        held["buffers"] = dict(model.named_buffers())
+        torch.save(held, f"{os.environ['WEIGHTS']}.{os.environ['RANK']}.pt")
+        return model, optimizer
+
+    return prepare_and_keep
+
+
 if __name__ == "__main__":
     import worker  # the patches of the other distributed tests
 
+    if "WEIGHTS" in os.environ:
+        worker.train.backend.prepare = keep_weights(worker.train.backend.prepare)
     worker.main(sys.argv[1:])

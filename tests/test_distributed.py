@@ -5,8 +5,13 @@ import os
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, read_metrics, torchrun, write_rows
 from safetensors.torch import load_file
+from test_architectures import ARCHITECTURES
+from transformers import AutoModelForCausalLM
+
+from common.hub import load_weights
 
 
 def run(processes, args, worker="worker", machines=1, **env):
@@ -24,6 +29,19 @@ SAVING_MEMORY = ["--packing", "on", "--loss_chunk", "100", "--gradient_checkpoin
 
 def weights(folder):
     return load_file(folder / "final" / "model.safetensors")
+
+
+def check_weights(kept, model_dir, processes, shards):
+    """Under FSDP2 the first process of all has read the weights, none of the others; each has its part of the file."""
+    model = load_weights(str(model_dir), dtype=torch.float64)
+    for rank in range(processes):
+        held = torch.load(f"{kept}.{rank}.pt")
+        assert (held["read"] == sum(p.nbytes for p in model.parameters())) if rank == 0 else held["read"] < 1000
+        for name, p in model.named_parameters():
+            parts = [*p.detach().chunk(shards), p.detach()[:0]]
+            assert torch.equal(held["shards"].pop(name), parts[min(rank % shards, len(parts) - 1)]), name
+        assert not held["shards"] and held["buffers"]
+        assert all(torch.equal(held["buffers"][name], buffer) for name, buffer in model.named_buffers())
 
 
 def test_gradients_agree_on_1_2_and_3_processes_in_fp32(tmp_path, train_args):
@@ -89,7 +107,7 @@ def test_resume_is_bitwise(tmp_path, train_args, processes):
         ),
     ],
 )
-def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, processes, rule, more):
+def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, model_dir, processes, rule, more):
     """Also at the end of a run that is saved in shards, cut, and resumed on another number of processes.
 
     Two machines are two torchruns with two processes each: sharded inside, replicated between them.
@@ -102,8 +120,10 @@ def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, process
         env = {"FSDP_REPLICATE": "2", "machines": 2}
     single = run(1, train_args(tmp_path / "one", *args))
     assert single.returncode == 0, single.stderr[-3000:]
+    env["WEIGHTS"] = str(tmp_path / "weights")
     cut = run(processes, train_args(tmp_path / "cut", *args), "fsdp_worker", CRASH_AT="5", **env)
     assert cut.returncode != 0 and len(read_metrics(tmp_path / "cut")) == 5, cut.stderr[-3000:]
+    check_weights(env["WEIGHTS"], model_dir, processes, processes // env.get("machines", 1))
     assert any((tmp_path / "cut" / "checkpoints" / "step_000004").glob("pytorch_model_fsdp_0/*.distcp"))
     done = run(processes - 1, train_args(tmp_path / "cut", *args, "--resume"), "fsdp_worker")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -135,11 +155,26 @@ def test_fsdp2_with_other_numbers_of_chunks_on_each_process(tmp_path, train_args
     args += ["--keep_ratio", "0.3", "--global_batch_size", "4", "--max_steps", "3"]
     runs = []
     for processes, worker in ((1, "worker"), (2, "fsdp_worker")):
-        done = run(processes, train_args(tmp_path / worker, *args), worker)
+        done = run(processes, train_args(tmp_path / worker, *args), worker, WEIGHTS=str(tmp_path / "weights"))
         assert done.returncode == 0, done.stderr[-3000:]
         runs.append((weights(tmp_path / worker), [line["loss"] for line in read_metrics(tmp_path / worker)]))
+    check_weights(tmp_path / "weights", model, 2, 2)
     (a, losses), (b, others) = runs
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-9 and others == pytest.approx(losses, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_fsdp2_of_a_model_with_buffers_that_are_saved(tmp_path, train_args):
+    """DeepSeek-V3's router has one: Accelerate does not send it, and every process reads the weights."""
+    kind, settings = ARCHITECTURES["experts, latent attention: DeepSeek-V3"]
+    model = make_model(tmp_path / "model")  # for its tokenizer
+    AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings)).save_pretrained(model)
+    args = ["--model", str(model), "--max_steps", "3"]
+    for processes, worker in ((1, "worker"), (2, "fsdp_worker")):
+        done = run(processes, train_args(tmp_path / worker, *args), worker)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for x, y in zip(read_metrics(tmp_path / "worker"), read_metrics(tmp_path / "fsdp_worker"), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("worker", ["worker", pytest.param("fsdp_worker", marks=pytest.mark.slow)])

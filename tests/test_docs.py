@@ -233,6 +233,7 @@ RUN_BY = {
     "torchrun --nproc_per_node": "tests/test_distributed.py::test_whole_runs_agree_on_1_2_and_3_processes_in_fp64",
     "accelerate launch --config_file configs/accelerate/cpu.yaml train.py ...": "scripts/reproduce/stages.sh",
     "accelerate launch --config_file configs/accelerate/single_gpu.yaml": "tests/test_slurm.py::test_accelerate_config",
+    "python train.py --dry_run": "tests/test_plan.py::test_a_plan_for_64_gpus",
     "python train.py ...": "tests/test_bad_input.py::test_programs_end_with_one_line_and_exit_code_2",
 }
 HERE = r"(accelerate launch |python )(--config_file \S+ )?(train|eval|scripts/report|scripts/merge)\.py (?!\.\.\.)"

@@ -25,6 +25,52 @@ def is_sharded() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
+def shards(processes: int) -> int:
+    """Over how many of so many processes FSDP2 cuts weights, gradients and optimizer state; 1: each holds them whole.
+
+    With Accelerate's dp_shard_size there are copies of the shards between such groups.
+    """
+    if not is_sharded():
+        return 1
+    size = os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", "1")
+    grouped = parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG") and int(size) > 1
+    return int(size) if grouped else processes
+
+
+def first_reads_for_all(model: torch.nn.Module) -> bool:
+    """Whether the first process of all reads the weights alone, and Accelerate sends them to the others.
+
+    So it is under FSDP2, unless Accelerate's configuration says otherwise: else each process of a machine would hold
+    the whole model in the machine's memory, to keep its shard of it. Accelerate sends parameters, and fails on buffers
+    that are saved with them (the bias of DeepSeek-V3's router).
+    """
+    allowed = is_sharded() and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING", default=True)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return allowed and model.state_dict().keys() <= parameters
+
+
+def reads_weights(accelerator: Accelerator, model: torch.nn.Module) -> bool:
+    """Whether this process reads the weights; makes Accelerate do the same. Call it before `prepare`.
+
+    The first process is that of all machines, not of each: from there Accelerate's FSDP2 sends them.
+
+    Args:
+        model: the model, maybe on the meta device.
+    """
+    first_reads = first_reads_for_all(model)
+    if is_sharded():
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = first_reads
+    return accelerator.is_main_process or not first_reads
+
+
+def card_bytes() -> int | None:
+    """The memory of this process's GPU; None where a run would take none."""
+    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return None
+    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def check_supported(config: TrainConfig) -> None:
     """Raise UserError for what is not supported, from configuration and environment alone: every process agrees."""
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")

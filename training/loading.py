@@ -5,17 +5,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+import gmt
 from common import templates
 from common.compatibility import largest_text_id, refuse_unscorable
 from common.config import TrainConfig, UserError, nearest, user_errors
 from common.hub import from_pretrained, load_weights, one_line
 from common.sources import load_all
 from common.templates import TEMPLATES
-from training import checks, plan
+from training import backend, checks, plan
 from training.data import Examples, permutation, tokenise
 from training.losses import attach_loss
+from training.masking import build_masker, freeze
+from training.preflight import check_memory
 
 
 def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
@@ -82,15 +86,40 @@ def load_architecture(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, e
     return full
 
 
-def load_trainable_model(
+def on_paper(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples
+) -> tuple[torch.nn.Module, gmt.Masker]:
+    """The model and the masks of a run, without memory: what a plan is made of. Raises as load_architecture."""
+    model = plan.on_meta(config, load_architecture(config, tokenizer, examples))
+    freeze(config, model)
+    return model, build_masker(config, model)
+
+
+def load_trainable_model(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    accelerator: Accelerator | None = None,
 ) -> torch.nn.Module:
     """The model that a run trains: it returns losses, see losses.attach_loss.
 
-    Its weights are in master_dtype, whatever dtype they are stored in.
+    Its weights are in master_dtype, whatever dtype they are stored in. Where another process reads them, see
+    backend.reads_weights, `prepare` gives this one its part.
+
+    Args:
+        accelerator: of the run; None: the model is for something else than training, and read here.
+    Raises:
+        UserError: as load_architecture, preflight.check_memory and hub.load_weights.
     """
-    load_architecture(config, tokenizer, examples)
-    model = load_weights(config.model, dtype=getattr(torch, config.master_dtype), attention=config.attention)
+    on_meta, masker = on_paper(config, tokenizer, examples)
+    if accelerator:
+        check_memory(config, on_meta, masker, accelerator.num_processes)
+    model = load_weights(
+        config.model,
+        dtype=getattr(torch, config.master_dtype),
+        attention=config.attention,
+        values=accelerator is None or backend.reads_weights(accelerator, on_meta),
+    )
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:

@@ -1,14 +1,16 @@
 """What a run will do and need: steps, memory by part, FLOPs, disk. Counted on the architecture alone, without weights.
 
-`train.py --dry_run` prints it, with WORLD_SIZE=8 in the environment as for 8 processes, under `accelerate launch` as
-for its configuration. Weights, gradients and optimizer state are byte counts of the tensors that the run will hold.
-Activations are what autograd would save of the largest micro-batch, counted on fake tensors, which have a shape but no
-memory; what kernels need in passing, and the allocator's fragments, come on top.
+`train.py --dry_run` prints it: with WORLD_SIZE=8 in the environment for 8 processes, with ACCELERATE_USE_FSDP=true and
+FSDP_VERSION=2 beside it under FSDP2; `accelerate launch` sets them all. Weights, gradients and optimizer state are byte
+counts of the tensors that the run will hold, and so are masks and the copies that masking takes. Activations are what
+autograd would save of the largest micro-batch, counted on fake tensors, which have a shape but no memory; what kernels
+need in passing, and the allocator's fragments, come on top.
 """
 
 import math
 import unittest.mock
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gmt
 from common.config import TrainConfig
-from training import lora
+from training import backend, lora
 from training.data import Examples, micro_batches, step_examples, steps_per_epoch
 from training.losses import attach_loss, token_losses
 
@@ -64,15 +66,15 @@ def distribute(
 def tensor_bytes(
     config: TrainConfig, parameters: Iterable[nn.Parameter], processes: int, sharded: bool
 ) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state that the first process holds, which has the most.
+    """Bytes of weights, gradients and optimizer state that the first of `processes` holds, which has the most.
 
-    DDP keeps all of them whole. FSDP2 cuts dimension 0 as torch.chunk does; while a layer is computed its weights are
-    there whole too, which is not counted. Paged 8-bit moments may be on the CPU.
+    DDP keeps all of them whole, gradients once, in its buckets: see backend.prepare and steps.zero_gradients. FSDP2
+    cuts dimension 0 as torch.chunk does; what it gathers in passing is counted by gathered_bytes. Paged 8-bit moments
+    may be on the CPU.
     """
     total = {"weights": 0, "gradients": 0, "optimizer": 0}
     for p in parameters:
-        rows = -(-p.shape[0] // processes) if sharded else p.shape[0]
-        numel = rows * (p.numel() // p.shape[0])
+        numel = _entries_here(p, processes if sharded else 1)
         total["weights"] += numel * p.element_size()
         if not p.requires_grad:
             continue
@@ -88,22 +90,94 @@ def tensor_bytes(
     return total
 
 
-def mask_bytes(masker: gmt.Masker, processes: int, sharded: bool) -> dict[str, int]:
-    """Bytes that masking holds: masks as bits, and copies of the largest tensor that its way takes."""
-    shards = processes if sharded else 1
-    eligible = list(masker.eligible.values())
-    entries = sum(p.numel() for p in eligible)
-    largest = max((p.numel() * p.element_size() for p in eligible), default=0)
-    held = {}
-    if masker.score and (masker.refresh_every != 1 or masker.masked_weights != "momentum"):
-        held["masks"] = entries // (8 * shards)
-    if copies := {"frozen": 3, "update": 1}.get(masker.masked_weights):
-        held[f"{masker.masked_weights}'s copies"] = copies * largest // shards
-    if masker.score == "low_rank":  # the whole tensor, gathered, its part of rank r, and its mask, at a refresh
-        held["low rank's copies"] = 2 * largest + largest // 4
-    if masker.score == "squared_gradients":
-        held["sums of squares"] = sum(4 * p.numel() for p in eligible) // shards
-    return held
+def _entries_here(p: nn.Parameter, shards: int) -> int:
+    """Entries of a parameter in the first, largest of so many shards."""
+    return -(-p.shape[0] // shards) * (p.numel() // p.shape[0]) if p.numel() else 0
+
+
+def mask_bytes(config: TrainConfig, masker: gmt.Masker, shards: int) -> dict[str, int]:
+    """Bytes that masking holds, where it holds any; chunks of a tensor, of some MiB, are not counted.
+
+    masks: as bits: those that serve for more than a step, those of this step where its update is taken back, those
+    that the statistics compare. copies: of one tensor at a time, the largest; without those for a choice at the first
+    step alone, when there is no optimizer state yet. calibration: the sums of squares of grad_square, and copies, which
+    are gone before the first step.
+    """
+    eligible = [p for p in masker.eligible.values() if p.numel() and p.requires_grad]
+    if not eligible:
+        return {}
+    here = {p: _entries_here(p, shards) for p in eligible}
+    largest = max(eligible, key=lambda p: here[p])
+    size, wide = largest.element_size(), 8 if largest.element_size() == 8 else 4
+    takes_back = masker.masked_weights != "momentum"
+    compared = config.mask_jaccard and (config.log_masks_every > 0)
+    sets = (masker.refresh_every != 1) + takes_back + compared * (1 if takes_back else 2)
+    sets = sets if masker.score or compared else 0
+
+    chosen_anew = masker.refresh_every > 1
+    copies = 3 * here[largest] if chosen_anew or takes_back or compared else 0  # bools and bytes on the way to bits
+    if takes_back:  # the weight, moments of the weight's dtype, and the mask as bytes and as bools
+        moments = 2 * (masker.masked_weights == "frozen" and config.optimizer == "adamw")
+        copies = max(copies, ((1 + moments) * size + 2) * here[largest])
+    if masker.score == "low_rank" and chosen_anew:  # of a whole tensor: the part of rank r and its keys, and bools
+        whole = max(eligible, key=lambda p: p.numel())
+        matrix = whole.shape[-2:].numel()
+        gathered = whole.numel() * size if shards > 1 else 0
+        at_selection = 2 * wide * matrix + whole.numel()
+        copies = max(copies, gathered + max(at_selection, wide * matrix + 4 * whole.numel()))
+    held = {"masks": sets * sum(-(-n // 8) for n in here.values()), "copies for masking": copies}
+    if masker.score == "squared_gradients":  # the new square and the new sum; 16-bit gradients are widened first
+        held["calibration"] = wide * sum(here.values()) + (2 * wide + (4 if size == 2 else 0)) * here[largest]
+    return {part: n for part, n in held.items() if n}
+
+
+def gathered_bytes(config: TrainConfig, model: nn.Module) -> int:
+    """About the most that FSDP2 has whole in passing, in the backward pass: bytes of weights and gradients.
+
+    Of the group that is computed, its weights and gradients, in the dtype of the computation; the weights of the group
+    before, fetched ahead; and the gradients of the group behind, in fp32, on their way to their owners. The groups are
+    Accelerate's: the embedding, each layer, and the last norm with the head.
+    """
+    size = 2 if config.mixed_precision == "bf16" else next(model.parameters()).element_size()
+    summed = max(4, size)
+    numel = lambda parameters: sum(p.numel() for p in set(parameters))  # noqa: E731
+    inside = [numel(layer.parameters()) for layer in layers(model)]
+    embedding = model.get_input_embeddings().weight
+    own = 0 if embedding is model.get_output_embeddings().weight else embedding.numel()
+    groups = [0, own, *inside, numel(model.parameters()) - sum(inside) - own, 0]
+    return max(
+        size * before + max(2 * size * group + summed * behind, (size + summed) * group)
+        for before, group, behind in zip(groups, groups[1:], groups[2:], strict=False)
+    )
+
+
+def held_bytes(config: TrainConfig, model: nn.Module, masker: gmt.Masker, shards: int) -> dict[str, int]:
+    """tensor_bytes and mask_bytes: what a step holds for certain, whatever the activations."""
+    return tensor_bytes(config, model.parameters(), shards, shards > 1) | mask_bytes(config, masker, shards)
+
+
+def most_at_once(held: dict[str, int]) -> int:
+    """The most of these bytes that is there at once.
+
+    Activations are gone when masks are chosen, and calibration is over when optimizer state and masks come.
+    """
+    of = lambda part: held.get(part, 0)  # noqa: E731
+    passing = of("activations") + of("gathered in passing")
+    training = of("optimizer") + of("masks") + max(passing, of("copies for masking"))
+    return of("weights") + of("gradients") + max(training, of("calibration") + passing)
+
+
+def ways_to_save(config: TrainConfig, certain: bool) -> str:
+    """What to do where a GPU is too small: for weights and their like (certain), or for activations too."""
+    ways = []
+    if not certain:
+        ways += ["--gradient_checkpointing true"] * (not config.gradient_checkpointing)
+        ways += ["a smaller micro_batch_tokens", "a smaller loss_chunk"]
+    sharded = backend.is_sharded()
+    ways.append("more GPUs" if sharded else "several GPUs with configs/accelerate/fsdp2.yaml")
+    ways += ["--optimizer adamw_8bit"] * (not sharded and config.optimizer == "adamw")
+    ways += ["--adapter lora with --rule none"] * (not config.adapter)
+    return f"use {', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else f"use {ways[0]}"
 
 
 def activation_bytes(
@@ -197,20 +271,37 @@ def _causal_attention(module, query, key, value, attention_mask, scaling=None, d
     return out.transpose(1, 2).contiguous(), None
 
 
+def experts(architecture: PretrainedConfig) -> tuple[int, int] | None:
+    """(experts that a token passes through, experts of a layer); None where the configuration tells of none."""
+    text = architecture.get_text_config()
+
+    def number(*names: str) -> int:
+        found = [getattr(text, name, None) for name in names]
+        return next((n for n in found if isinstance(n, int)), 0)
+
+    active = number("num_experts_per_tok", "top_k_experts", "moe_topk")
+    of_layer = number("num_local_experts", "num_experts", "n_routed_experts")
+    return (active, of_layer) if 0 < active < of_layer else None
+
+
 def flops_per_token(model: nn.Module, length: float) -> float:
     """FLOPs of forward and backward per token: 6 per weight of a matrix product, and causal attention's 6 L h s.
 
-    A frozen weight takes 4: its gradient is not computed.
+    A frozen weight takes 4: its gradient is not computed. Of a mixture's experts those count that a token passes.
     Recomputation by gradient checkpointing is not counted, as is usual for model-flops utilisation.
     """
     architecture = model.config.get_text_config()
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
-    matrices = [p for p in model.parameters() if p.dim() >= 2 and (tied or p is not embedding)]
+    active, of_layer = experts(architecture) or (1, 1)
+    products = 0.0
+    for name, p in model.named_parameters():
+        if p.dim() >= 2 and not name.endswith("bias") and (tied or p is not embedding):
+            share = active / of_layer if ".experts." in name else 1
+            products += (6 if p.requires_grad else 4) * p.numel() * share
     width = architecture.num_attention_heads * (
         getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
     )
-    products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
     return products + 6 * architecture.num_hidden_layers * width * length
 
 
@@ -221,45 +312,70 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for word, peak in PEAK_FLOPS.items() if word in torch.cuda.get_device_name(device)), None)
 
 
+class Share(NamedTuple):
+    """What the processes compute of a step: arrays (processes, micro-batches)."""
+
+    rows: np.ndarray  # of the micro-batch; a pair for DPO has two, unless it is packed
+    lengths: np.ndarray  # tokens of each of its rows, padding included
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.rows * self.lengths
+
+
+def share_of(examples: Examples, micro: list[list[list[list[int]]]], packed: bool) -> Share:
+    """The shapes of what `distribute` gives. An empty micro-batch is one row of two tokens, see data.collate."""
+    padded, per_row = examples.padded_lengths(packed), 1 if packed else examples.sequences
+    rows = [[len(m) * per_row if m else 1 for m in process] for process in micro]
+    lengths = [[max(int(padded[row].sum()) for row in m) // per_row if m else 2 for m in process] for process in micro]
+    return Share(np.array(rows), np.array(lengths))
+
+
+def idle_share(share: Share, together: bool) -> float:
+    """The share of the processes' time in a step in which they wait for one another, a token's time taken as fixed.
+
+    Args:
+        together: they meet in every micro-batch, as under FSDP2; else at the end of the step, as under DDP.
+    """
+    longest = share.tokens.max(0).sum() if together else share.tokens.sum(1).max()
+    return 1 - share.tokens.sum() / (len(share.tokens) * longest)
+
+
 def report(
-    config: TrainConfig,
-    model: nn.Module,
-    masker: gmt.Masker,
-    examples: Examples,
-    held_out: int,
-    processes: int,
-    sharded: bool,
+    config: TrainConfig, model: nn.Module, masker: gmt.Masker, examples: Examples, held_out: int, processes: int
 ) -> str:
     """The plan, for people."""
     gib = lambda n: f"{n / 2**30:.2f} GiB"  # noqa: E731
     in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     steps = config.max_steps or config.epochs * in_epoch
     some = [step_examples(len(examples), config.global_batch_size, config.seed, s) for s in range(min(steps, 20))]
-    packed = wants_packing(config)
-    shares = [distribute(config, examples, ids, packed, processes) for ids in some]
-    forwards = np.mean([len(share[0]) for share in shares])
-    micro = [m for share in shares for process in share for m in process]
-    padded_lengths, per_row = examples.padded_lengths(packed), 1 if packed else examples.sequences
-    shapes = [
-        (len(m) * per_row, max(int(padded_lengths[row].sum()) for row in m) // per_row) if m else (1, 2) for m in micro
-    ]
-    padded = 1 - sum(examples.lengths[ids].sum() for ids in some) / sum(r * length for r, length in shapes)
-    largest = max(range(len(micro)), key=lambda i: (shapes[i][0] * shapes[i][1], shapes[i][0]))
-    rows, longest = shapes[largest]
-    in_largest = int(sum(examples.trained[row].sum() for row in micro[largest]))
+    packed, sharded, shards = wants_packing(config), backend.is_sharded(), backend.shards(processes)
+    micro = [distribute(config, examples, ids, packed, processes) for ids in some]
+    shares = [share_of(examples, m, packed) for m in micro]
+    forwards = np.mean([share.rows.shape[1] for share in shares])
+    padded = 1 - sum(examples.lengths[ids].sum() for ids in some) / sum(share.tokens.sum() for share in shares)
+    idle = np.mean([idle_share(share, sharded) for share in shares])
+    step = max(range(len(shares)), key=lambda s: shares[s].tokens.max())
+    largest = np.unravel_index(shares[step].tokens.argmax(), shares[step].tokens.shape)
+    rows, longest = int(shares[step].rows[largest]), int(shares[step].lengths[largest])
+    in_largest = int(sum(examples.trained[row].sum() for row in micro[step][largest[0]][largest[1]]))
     tokens = steps / in_epoch * examples.lengths.sum()
 
     parameters = list(model.parameters())
-    held = tensor_bytes(config, parameters, processes, sharded)
+    held = held_bytes(config, model, masker, shards)
+    held |= {"gathered in passing": gathered_bytes(config, model)} if sharded else {}
     held["activations"] = activation_bytes(config, model.config, rows, longest, in_largest, packed)
-    held |= mask_bytes(masker, processes, sharded)
+    needed, card = most_at_once(held), backend.card_bytes()
     whole = tensor_bytes(config, parameters, 1, False)
     checkpoint = whole["weights"] + whole["optimizer"]
     saves = config.save_every or config.save_every_minutes
     disk = whole["weights"] + (config.keep_checkpoints + 1) * checkpoint * bool(saves)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     flops = tokens * flops_per_token(model, float(np.mean(examples.lengths)))
-    where = f"FSDP2 over {processes} processes" if sharded else f"{processes} process(es), each with the whole model"
+    mixture = experts(model.config)
+    where = f"{processes} process(es), each with the whole model"
+    if sharded:
+        where = f"FSDP2 over {processes} processes" + f" in groups of {shards}" * (shards < processes)
     lines = [
         f"parameters: {sum(p.numel() for p in parameters):,}, {trained:,} of them trained",
         masker.summary(),
@@ -267,12 +383,25 @@ def report(
         f"trained; {examples.truncated} cut to max_length {config.max_length}, {examples.left_out_text()}, "
         f"{held_out} held out",
         f"steps: {steps:,} of {config.global_batch_size} examples ({in_epoch:,} an epoch), on {where}; about "
-        f"{forwards:.1f} forward passes a step and process, {padded:.0%} padding"
+        f"{forwards:.1f} forward passes a step and process, {padded:.0%} padding, {idle:.0%} waiting for one another"
         + (", packed if the model keeps examples apart" if packed else ""),
         "memory per process, at least:",
         *(f"  {gib(n):>12}  {part}" for part, n in held.items()),
-        f"  {gib(sum(held.values())):>12}  together (activations of {rows} x {longest} tokens)",
+        f"  {gib(needed):>12}  together at once (activations of {rows} x {longest} tokens)",
+        *([f"  {gib(card):>12}  on this GPU"] if card else []),
+        *(
+            ["warning: it may not fit on this GPU: " + ways_to_save(config, certain=False)]
+            if card and needed > 0.95 * card  # CUDA itself and the allocator's fragments take some
+            else []
+        ),
+        f"memory of the machine while weights are read: {gib(whole['weights'])} "
+        + (
+            "in the first process of all, next to none in the others"
+            if backend.first_reads_for_all(model)
+            else "in each process"
+        ),
         f"compute: {flops:.3g} FLOPs"
+        + (f" ({mixture[0]} of {mixture[1]} experts a token)" if mixture else "")
         + "".join(f"; {flops / (0.4 * peak) / 3600:.1f} {name} hours at 40 %" for name, peak in _SHOWN.items()),
         f"disk: {gib(disk)}: final model {gib(whole['weights'])}"
         + (f", {config.keep_checkpoints} + 1 checkpoints of {gib(checkpoint)}" if saves else ", no checkpoints"),

@@ -1,14 +1,17 @@
-"""What can be refused before anything is loaded."""
+"""What can be refused before the weights are loaded."""
 
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import nn
+
+import gmt
 from common import run_folder
 from common.config import TrainConfig, UserError
 from common.hub import is_local
 from common.launch import check_launch, world_size
 from common.sources import data_files, split_cap
-from training import backend, resume
+from training import backend, plan, resume
 
 
 def check_paths(config: TrainConfig) -> None:
@@ -46,3 +49,27 @@ def check_batches(config: TrainConfig, num_examples: int | None, processes: int)
         )
     if num_examples is not None and num_examples < config.global_batch_size:
         raise UserError(f"{numbers}, {num_examples} examples: a step would be larger than the data")
+
+
+def check_memory(config: TrainConfig, model: nn.Module, masker: gmt.Masker, processes: int) -> None:
+    """Raise UserError where a step cannot fit on this process's GPU. Without a GPU nothing is refused.
+
+    Counted is what is there for certain at a step: weights, gradients, optimizer state, masks and copies for masking.
+    The plan's activations are an estimate, about which it warns.
+
+    Args:
+        model: on the meta device, with what is frozen frozen; masker: its masks.
+    """
+    card = backend.card_bytes()
+    if card is None:
+        return
+    held = plan.held_bytes(config, model, masker, backend.shards(processes))
+    if config.optimizer == "paged_adamw_8bit":
+        held["optimizer"] = 0  # may be in the memory of the CPU
+    needed = plan.most_at_once(held)
+    if needed > card:
+        parts = ", ".join(f"{part} {n / 2**30:.1f}" for part, n in held.items() if n)
+        raise UserError(
+            f"{config.model} needs {needed / 2**30:.1f} GiB a GPU before the first activation ({parts}), and this one "
+            f"has {card / 2**30:.1f} GiB: {plan.ways_to_save(config, certain=True)}"
+        )
