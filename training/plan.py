@@ -19,8 +19,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gmt
-from common.config import TrainConfig
-from training import lora
+from common.config import MASK_TUNING, ZEROTH_ORDER, TrainConfig
+from training import lora, mask_tuning
 from training.data import Examples, micro_batches, step_examples, steps_per_epoch
 from training.losses import attach_loss, token_losses
 
@@ -83,7 +83,7 @@ def tensor_bytes(
             total["optimizer"] += 2 * numel * 4
         else:  # two moments of a byte, their scales, and the two maps from a byte to a number
             total["optimizer"] += 2 * numel + 2 * 4 * -(-numel // _BLOCK_8BIT)
-    if config.optimizer != "adamw":
+    if config.optimizer not in ("adamw", *ZEROTH_ORDER):
         total["optimizer"] += 2 * 256 * 4
     return total
 
@@ -104,6 +104,17 @@ def mask_bytes(masker: gmt.Masker, processes: int, sharded: bool) -> dict[str, i
     if masker.score == "squared_gradients":
         held["sums of squares"] = sum(4 * p.numel() for p in eligible) // shards
     return held
+
+
+def direction_bytes(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of a zeroth-order optimizer's direction of the largest tensor, and of all of SubZero's U and V."""
+    parameters = list(parameters)
+    wide = max(4, parameters[0].element_size())
+    held = max(p.numel() for p in parameters)
+    if (rank := config.subzero_rank) and config.optimizer == "subzero":
+        matrices = [p for p in parameters if p.dim() >= 2 and min(p.shape[-2:]) > rank]
+        held += sum(p.shape[:-2].numel() * sum(p.shape[-2:]) * rank for p in matrices)
+    return wide * held
 
 
 def activation_bytes(
@@ -186,6 +197,8 @@ def _without_values(config: TrainConfig, architecture: PretrainedConfig) -> nn.M
     if config.adapter:  # fake tensors cannot be moved: A and B stay in fp32, whatever the weights are in
         with unittest.mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module):
             lora.add(config, model)
+    if config.rule == MASK_TUNING:
+        mask_tuning.add(config, model)
     return model
 
 
@@ -206,7 +219,9 @@ def flops_per_token(model: nn.Module, length: float) -> float:
     architecture = model.config.get_text_config()
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
-    matrices = [p for p in model.parameters() if p.dim() >= 2 and (tied or p is not embedding)]
+    # what a mask is multiplied with, see mask_tuning.py, is in no product by itself
+    parameters = [p for name, p in model.named_parameters() if not name.endswith(".original1")]
+    matrices = [p for p in parameters if p.dim() >= 2 and (tied or p is not embedding)]
     width = architecture.num_attention_heads * (
         getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
     )
@@ -250,14 +265,20 @@ def report(
     tokens = steps / in_epoch * examples.lengths.sum()
 
     parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    zeroth_order = config.optimizer in ZEROTH_ORDER
+    if zeroth_order:  # as the optimizer does; then no gradient is counted, and twice two FLOPs for a weight's products
+        model.requires_grad_(False)
     held = tensor_bytes(config, parameters, processes, sharded)
-    held["activations"] = activation_bytes(config, model.config, rows, longest, in_largest, packed)
+    if zeroth_order:
+        held["directions"], held["activations"] = direction_bytes(config, parameters), 0
+    else:
+        held["activations"] = activation_bytes(config, model.config, rows, longest, in_largest, packed)
     held |= mask_bytes(masker, processes, sharded)
     whole = tensor_bytes(config, parameters, 1, False)
     checkpoint = whole["weights"] + whole["optimizer"]
     saves = config.save_every or config.save_every_minutes
     disk = whole["weights"] + (config.keep_checkpoints + 1) * checkpoint * bool(saves)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
     flops = tokens * flops_per_token(model, float(np.mean(examples.lengths)))
     where = f"FSDP2 over {processes} processes" if sharded else f"{processes} process(es), each with the whole model"
     lines = [
