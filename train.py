@@ -32,7 +32,7 @@ from training.masking import build_masker, calibrate, freeze
 from training.preflight import check_batches, check_memory, check_paths
 from training.reference import build_objectives
 from training.schedule import lr_factor, set_learning_rate
-from training.steps import Clipping, backward, evaluation_loss, scaler_warms_up, step_batches, zero_gradients
+from training.steps import backward, evaluation_loss, gradient, scaler_warms_up, step_batches, zero_gradients
 from training.timing import Timer
 
 # The benchmarks of the paper for each of its training sets, for the last line that a run prints.
@@ -88,10 +88,11 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
 
     # --- training ----------------------------------------------------------------------------------------------------
     model.train()
-    objective, clipping = objectives.training, Clipping(config, model)
+    objective = objectives.training
+    accumulate, clipping = gradient(config, model, optimizer.optimizer, backward)
     batches_of = functools.partial(step_batches, config, examples, packed, accelerator)
     zero_grad = functools.partial(zero_gradients, optimizer, accelerator)
-    calibrate(config, masker, lambda step: backward(model, batches_of(step), objective, accelerator), zero_grad)
+    calibrate(config, masker, lambda step: accumulate(model, batches_of(step), objective, accelerator), zero_grad)
     flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="train", disable=not accelerator.is_main_process)
     last_save, bad_in_a_row, line = time.monotonic(), 0, {}
@@ -106,7 +107,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         timer.lap("data")
 
         # 2. forward and backward: the gradient of (sum of the loss over the step) / (its count, of tokens or pairs)
-        sums = backward(model, batches, objective, accelerator)
+        sums = accumulate(model, batches, objective, accelerator)
         time_to_save = 0 < config.save_every_minutes <= (time.monotonic() - last_save) / 60
         sums, time_to_save, received = signals.agree(sums, time_to_save, accelerator)
         loss, *metrics = (total / objective.count(batches.ids) for total in sums)
@@ -130,7 +131,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
             stats = masker.step(optimizer.optimizer, step, after_masking=clipping.after_masking, **wanted)
         elif finite or accelerator.scaler is not None:
             optimizer.step()
-        kept_norm = clipping.norm() if finite and logged else grad_norm
+        norms = clipping.norms(grad_norm, finite and logged)
         zero_grad()
         if not finite and scaler_warms_up(accelerator, progress):  # it has lowered its scale: the same step again
             continue
@@ -150,8 +151,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         if logged or not finite or eval_loss is not None:
             line = {"step": step + 1, "epoch": round((step + 1) / steps_in_epoch, 4), "loss": loss}
             line |= {**dict(zip(objective.metrics, metrics, strict=True)), "eval_loss": eval_loss, "lr": lr}
-            line |= {"grad_norm": grad_norm, "grad_norm_kept": kept_norm, **(stats or {}), "tokens": progress["tokens"]}
-            line |= {"trained_tokens": batches.trained, "skipped_steps": progress["skipped_steps"]}
+            line |= {**norms, **(stats or {}), **progress, "trained_tokens": batches.trained}
             line |= timer.speed(batches.tokens, flops_per_token, accelerator.num_processes, accelerator.device)
             if not finite:
                 line["skipped_examples"] = batches.ids.tolist()

@@ -29,14 +29,31 @@ FREE_TO_CHANGE = {
     "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard", "eval_every",
     "max_skipped_steps", "trackers",
 }  # fmt: skip
+MASK_TUNING = "mask_tuning"  # the rule that gmt.py does not know: see training/mask_tuning.py
 OF_MASKS = (  # no meaning for rules without masks
     "keep_ratio", "score", "refresh_every", "masked_weights", "scope", "exclude", "mask_vectors", "clip",
+)  # fmt: skip
+ZEROTH_ORDER = ("mezo", "subzero")  # optimizers without gradients, for which the next keys have no meaning
+OF_GRADIENTS = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_checkpointing", "compile", "log_masks_every",
 )  # fmt: skip
 OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")  # no meaning without an adapter
 OF_SCHEDULES = {  # keys of some schedules alone
     "decay_ratio": ("wsd", "power"), "decay_shape": ("wsd", "power"), "power_a": ("power",), "power_b": ("power",),
 }  # fmt: skip
 OF_SCORES = {"calibration_steps": "squared_gradients", "lift_rank": "low_rank"}  # keys of one score alone
+
+
+def rules() -> tuple[str, ...]:
+    """The words for a rule."""
+    return *gmt.rules(), MASK_TUNING
+
+
+def _meaningless(rule: str) -> list[str]:
+    """The keys of OF_MASKS that mean nothing to a rule."""
+    if rule == MASK_TUNING:
+        return [name for name in OF_MASKS if name != "exclude"]
+    return [] if gmt.masks_entries(rule) else list(OF_MASKS)
 
 
 class UserError(Exception):
@@ -115,7 +132,7 @@ class TrainConfig:
     rule: str = key(
         "gmt",
         "which weights are updated: gmt, rmt, sift, gasdu, shira, super_tuning, mofo, lift, grad_square, hft, none "
-        "(plain SFT), or one added to gmt.py",
+        "(plain SFT), one added to gmt.py, or mask_tuning (the weights stay, which of them to keep is learnt)",
     )
     keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; not for hft and none")
     score: str = key(
@@ -143,11 +160,15 @@ class TrainConfig:
     lora_dropout: float = key(0.0, "dropout of the input of A")
 
     # optimization
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = key(
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "mezo", "subzero"] = key(
         "adamw",
-        "torch's AdamW, or that of bitsandbytes with moments of 8 bit (paged: moved to the CPU when memory ends)",
+        "torch's AdamW, or that of bitsandbytes with moments of 8 bit (paged: moved to the CPU when memory ends); or "
+        "mezo, subzero: SGD along a random direction, by two forward passes and without a gradient",
     )
-    learning_rate: float = key(2e-5, "peak learning rate of AdamW")
+    zo_epsilon: float = key(1e-3, "mezo, subzero: how far from the weights the two passes are, along the direction")
+    subzero_rank: int = key(24, "subzero: rank of a matrix's direction")
+    subzero_refresh_every: int = key(1000, "subzero: the subspaces of the directions are drawn anew every N steps")
+    learning_rate: float = key(2e-5, "peak learning rate")
     lr_schedule: Literal["cosine", "linear", "constant", "wsd", "power"] = key(
         "cosine",
         "after the warm-up; cosine, linear: down to 0; wsd: constant, then down to 0; power: a power of the tokens so "
@@ -212,20 +233,38 @@ class TrainConfig:
         """Raise UserError where keys contradict each other or are out of range."""
         if not self.dataset:
             raise UserError("dataset is empty: name at least one file, folder or Hub id")
-        if self.rule not in gmt.rules():
-            raise UserError(f"rule: unknown word {self.rule!r}{nearest(self.rule, gmt.rules())}")
-        masks = gmt.masks_entries(self.rule)
+        if self.rule not in rules():
+            raise UserError(f"rule: unknown word {self.rule!r}{nearest(self.rule, rules())}")
+        masks = not _meaningless(self.rule)
         if masks and self.keep_ratio is None:
             raise UserError(f"rule {self.rule} needs keep_ratio, the fraction of entries kept, in (0, 1]")
         if masks and not 0 < self.keep_ratio <= 1:
             raise UserError(f"keep_ratio is the fraction of entries kept and must be in (0, 1], got {self.keep_ratio}")
-        for name in OF_MASKS:
-            if not masks and not self._is_default(name):
+        for name in _meaningless(self.rule):
+            if not self._is_default(name):
                 raise UserError(
                     f"{name} has no meaning for rule {self.rule}: leave it out (or use a rule with masks, such as gmt)"
                 )
+        if self.rule == MASK_TUNING and (self.weight_decay or self.mask_jaccard):
+            raise UserError(
+                f"{'weight_decay' if self.weight_decay else 'mask_jaccard'} has no meaning for rule {self.rule}, which "
+                "changes no weight and masks no gradient: leave it out"
+            )
         if self.adapter and self.rule != "none":
             raise UserError(f"adapter {self.adapter} is a baseline without masks, got rule {self.rule}: use rule none")
+        zeroth_order = self.optimizer in ZEROTH_ORDER
+        if zeroth_order and self.rule != "none":
+            raise UserError(f"optimizer {self.optimizer} has no gradients to mask, got rule {self.rule}: use rule none")
+        if zeroth_order and self.mixed_precision == "fp16":
+            raise UserError(f"optimizer {self.optimizer} has no gradients for fp16's scaler: use bf16 or fp32")
+        of_others = {
+            **dict.fromkeys(OF_GRADIENTS, not zeroth_order),
+            "zo_epsilon": zeroth_order,
+            **dict.fromkeys(("subzero_rank", "subzero_refresh_every"), self.optimizer == "subzero"),
+        }
+        for name, has_meaning in of_others.items():
+            if not has_meaning and not self._is_default(name):
+                raise UserError(f"{name} has no meaning for optimizer {self.optimizer}: leave it out")
         for name in OF_ADAPTERS:
             if not self.adapter and not self._is_default(name):
                 raise UserError(f"{name} has no meaning without an adapter: leave it out (or set adapter lora)")
@@ -250,13 +289,13 @@ class TrainConfig:
             **dict.fromkeys(("tokenise_processes", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
             **dict.fromkeys(("loss_chunk", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
             **dict.fromkeys(("calibration_steps", "save_every_minutes", "log_masks_every", "max_skipped_steps"), 0),
-            **dict.fromkeys(("lift_rank", "lora_rank", "lora_alpha"), 1),
+            **dict.fromkeys(("lift_rank", "lora_rank", "lora_alpha", "subzero_rank", "subzero_refresh_every"), 1),
             "max_length": 2,
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "adam_epsilon", "beta"):
+        for name in ("learning_rate", "adam_epsilon", "beta", "zo_epsilon"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout"):
@@ -292,7 +331,8 @@ class TrainConfig:
     @property
     def axes(self) -> gmt.Rule:
         """Score, refresh_every and masked_weights: the rule's own, or those of the keys."""
-        return gmt.rule_of(self.rule, self.score or None, self.refresh_every, self.masked_weights or None)
+        rule = "none" if self.rule == MASK_TUNING else self.rule  # gradients of scores are not masked
+        return gmt.rule_of(rule, self.score or None, self.refresh_every, self.masked_weights or None)
 
     def _is_default(self, name: str) -> bool:
         return getattr(self, name) == next(_default(f) for f in dataclasses.fields(self) if f.name == name)
@@ -389,7 +429,7 @@ def parse(cls: type, argv: list[str]) -> Any:
     """An instance of the dataclass `cls` from command-line words, `--config FILE` read first.
 
     A rule on the command line takes the place of the file's with what goes with it: keys of the file that have no
-    meaning for this rule are left out.
+    meaning for this rule are left out. So does an optimizer without gradients.
 
     Raises:
         UserError: unknown key (the nearest known one is named), missing or wrong value.
@@ -407,6 +447,8 @@ def parse(cls: type, argv: list[str]) -> Any:
         settings += _read_yaml(values[0])
     if rule := [values[-1] for k, values, _ in pairs if k == "rule" and values and cls is TrainConfig]:
         settings = [setting for setting in settings if setting[0] not in _unused(rule[-1], settings, pairs)]
+    if [values for k, values, _ in pairs if k == "optimizer" and values[-1:] and values[-1] in ZEROTH_ORDER]:
+        settings = [setting for setting in settings if setting[0] not in OF_GRADIENTS]
     settings += [(k, values, f"--{k}") for k, values, _ in pairs if k != "config"]
 
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -517,10 +559,10 @@ def _convert(f: dataclasses.Field, values: list[str], where: str) -> Any:
 
 def _unused(rule: str, settings: list[tuple], words: list[tuple]) -> set[str]:
     """Keys of the YAML file that have no meaning for the rule on the command line, which they were not written for."""
-    if rule not in gmt.rules():
+    if rule not in rules():
         return set()
-    if not gmt.masks_entries(rule):
-        return {*OF_MASKS, *OF_SCORES}
+    if meaningless := _meaningless(rule):
+        return {*meaningless, *OF_SCORES}
     score = [values[-1] for k, values, _ in settings + words if k == "score" and values][-1:] or [
         gmt.rule_of(rule).score
     ]

@@ -15,7 +15,8 @@ from accelerate.utils import (
 from datasets.utils.logging import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 
-from common.config import TrainConfig, UserError
+from common.config import ZEROTH_ORDER, TrainConfig, UserError
+from training import zeroth_order
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -96,7 +97,7 @@ def check_supported(config: TrainConfig) -> None:
         raise UserError("FSDP1 is not supported, it flattens the matrices: set fsdp_version: 2 (configs/accelerate)")
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise UserError("FSDP2 with CPU offload is not supported: set fsdp_offload_params: false")
-    if config.optimizer != "adamw":
+    if config.optimizer not in ("adamw", *ZEROTH_ORDER):
         raise UserError(f"optimizer {config.optimizer} is of bitsandbytes, which does not know FSDP2: use adamw")
     if config.mixed_precision == "fp16":
         raise UserError("mixed_precision fp16 is not supported under FSDP2: use bf16")
@@ -159,15 +160,25 @@ def _fsdp2(config: TrainConfig) -> FullyShardedDataParallelPlugin:
 def prepare(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """accelerator.prepare. Under DDP gradients lie in its buckets from the start, see steps.zero_gradients."""
+    """accelerator.prepare. Under DDP gradients lie in its buckets from the start, see steps.zero_gradients.
+
+    A model without gradients is not wrapped by DDP, which would refuse it: there is nothing to reduce.
+    """
     if accelerator.distributed_type in DDP:
+        if not any(p.requires_grad for p in model.parameters()):
+            return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None  # DDP moves what is there into its buckets
     return accelerator.prepare(model, optimizer)
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only, of torch or, with 8-bit moments, of bitsandbytes."""
+    """AdamW, of torch or, with 8-bit moments, of bitsandbytes; or MeZO or SubZero. Weight decay is on matrices only."""
+    if config.optimizer in ZEROTH_ORDER:
+        rank = config.subzero_rank if config.optimizer == "subzero" else 0
+        refresh_every = config.subzero_refresh_every
+        rates = config.learning_rate, config.weight_decay, config.zo_epsilon
+        return zeroth_order.ZerothOrder(model, *rates, rank, refresh_every, config.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from common import integrity
 from common.config import UserError
 from common.model_card import CARD
-from training import lora
+from training import lora, mask_tuning
 
 PROGRESS = "progress.json"
 _NAME, _ASIDE = re.compile("step_([0-9]+)"), ".aside_"
@@ -44,7 +44,8 @@ def save(accelerator: Accelerator, folder: Path, progress: dict[str, Any], keep:
 def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: str, adapter=None) -> None:
     """Save model, tokenizer and model card with save_pretrained as `folder`, for from_pretrained to load.
 
-    Under FSDP2 the weights are gathered tensor by tensor into the main process's CPU memory.
+    Under FSDP2 the weights are gathered tensor by tensor into the main process's CPU memory. Masks that were learnt are
+    multiplied into their weights first.
 
     Args:
         adapter: what lora.add returned. It is saved beside `folder`, as adapter/, and then merged into `model`.
@@ -67,6 +68,7 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: s
         beside = folder.with_name("adapter")
         _put_in_place(accelerator, beside, checkpoints, write_adapter, f"adapter {beside}")
         lora.merge(adapter)
+    mask_tuning.fold(accelerator.unwrap_model(model), accelerator.print)
     _put_in_place(accelerator, folder, checkpoints, write, f"model {folder}")
 
 

@@ -64,7 +64,7 @@ def save(adapter: Any, folder: Path, is_main_process: bool) -> None:
     whole = {
         name: p.full_tensor() if hasattr(p, "full_tensor") else p
         for name, p in adapter.named_parameters()
-        if p.requires_grad
+        if "lora_" in name  # not requires_grad: zeroth-order optimizers go without
     }
     if is_main_process:  # save_embedding_layers "auto" may ask the Hub about the base model
         adapter.save_pretrained(str(folder), state_dict=whole, save_embedding_layers=False)

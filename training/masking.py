@@ -6,20 +6,25 @@ from typing import Any
 from torch import nn
 
 import gmt
-from common.config import TrainConfig, user_errors
-from training import lora
+from common.config import MASK_TUNING, ZEROTH_ORDER, TrainConfig, user_errors
+from training import lora, mask_tuning, zeroth_order
 
 
 def freeze(config: TrainConfig, model: nn.Module, log: Callable[[str], object] = lambda text: None) -> Any:
-    """Freeze the tensors that rule hft, or an adapter, does not train. Call it before the optimizer is built.
+    """Freeze the tensors that the rule, or an adapter, does not train. Call it before the optimizer is built.
+
+    So do hft, and mask_tuning, which puts scores into the model beside the weights that it freezes.
 
     Returns:
         The adapter that is trained in their place, see lora.add; None where there is none.
     Raises:
-        UserError: hft does not know the model's layers, or the adapter's targets are not in the model.
+        UserError: hft does not know the model's layers, the adapter's targets are not in the model, or a pattern of
+            `exclude` matches no parameter.
     """
     if config.adapter:
         return lora.add(config, model, log)
+    if config.rule == MASK_TUNING:
+        mask_tuning.add(config, model, log)
     if config.rule != "hft":
         return None
     with user_errors():
@@ -34,6 +39,10 @@ def build_masker(config: TrainConfig, model: nn.Module) -> gmt.Masker:
     Raises:
         UserError: a pattern of `exclude` matches no parameter.
     """
+    if config.rule == MASK_TUNING:
+        return mask_tuning.Masks(model)
+    if config.optimizer in ZEROTH_ORDER:
+        return zeroth_order.NoMasks(config.optimizer, model)
     with user_errors():
         return gmt.Masker(
             model.named_parameters(),

@@ -21,8 +21,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gmt
-from common.config import TrainConfig
-from training import backend, lora
+from common.config import MASK_TUNING, ZEROTH_ORDER, TrainConfig
+from training import backend, lora, mask_tuning
 from training.data import Examples, micro_batches, step_examples, steps_per_epoch
 from training.losses import attach_loss, token_losses
 
@@ -76,7 +76,7 @@ def tensor_bytes(
     for p in parameters:
         numel = _entries_here(p, processes if sharded else 1)
         total["weights"] += numel * p.element_size()
-        if not p.requires_grad:
+        if not p.requires_grad or config.optimizer in ZEROTH_ORDER:
             continue
         total["gradients"] += numel * p.element_size()
         if config.optimizer == "adamw":
@@ -85,7 +85,7 @@ def tensor_bytes(
             total["optimizer"] += 2 * numel * 4
         else:  # two moments of a byte, their scales, and the two maps from a byte to a number
             total["optimizer"] += 2 * numel + 2 * 4 * -(-numel // _BLOCK_8BIT)
-    if config.optimizer != "adamw":
+    if config.optimizer not in ("adamw", *ZEROTH_ORDER):
         total["optimizer"] += 2 * 256 * 4
     return total
 
@@ -152,8 +152,11 @@ def gathered_bytes(config: TrainConfig, model: nn.Module) -> int:
 
 
 def held_bytes(config: TrainConfig, model: nn.Module, masker: gmt.Masker, shards: int) -> dict[str, int]:
-    """tensor_bytes and mask_bytes: what a step holds for certain, whatever the activations."""
-    return tensor_bytes(config, model.parameters(), shards, shards > 1) | mask_bytes(config, masker, shards)
+    """tensor_bytes and mask_bytes, or directions: what a step holds for certain, whatever the activations."""
+    held = tensor_bytes(config, model.parameters(), shards, shards > 1)
+    if config.optimizer in ZEROTH_ORDER:
+        return held | {"directions": direction_bytes(config, model.parameters())}
+    return held | mask_bytes(config, masker, shards)
 
 
 def most_at_once(held: dict[str, int]) -> int:
@@ -164,7 +167,7 @@ def most_at_once(held: dict[str, int]) -> int:
     of = lambda part: held.get(part, 0)  # noqa: E731
     passing = of("activations") + of("gathered in passing")
     training = of("optimizer") + of("masks") + max(passing, of("copies for masking"))
-    return of("weights") + of("gradients") + max(training, of("calibration") + passing)
+    return of("weights") + of("gradients") + of("directions") + max(training, of("calibration") + passing)
 
 
 def ways_to_save(config: TrainConfig, certain: bool) -> str:
@@ -178,6 +181,17 @@ def ways_to_save(config: TrainConfig, certain: bool) -> str:
     ways += ["--optimizer adamw_8bit"] * (not sharded and config.optimizer == "adamw")
     ways += ["--adapter lora with --rule none"] * (not config.adapter)
     return f"use {', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else f"use {ways[0]}"
+
+
+def direction_bytes(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of a zeroth-order optimizer's direction of the largest tensor, and of all of SubZero's U and V."""
+    parameters = list(parameters)
+    wide = max(4, parameters[0].element_size())
+    held = max(p.numel() for p in parameters)
+    if (rank := config.subzero_rank) and config.optimizer == "subzero":
+        matrices = [p for p in parameters if p.dim() >= 2 and min(p.shape[-2:]) > rank]
+        held += sum(p.shape[:-2].numel() * sum(p.shape[-2:]) * rank for p in matrices)
+    return wide * held
 
 
 def activation_bytes(
@@ -260,6 +274,8 @@ def _without_values(config: TrainConfig, architecture: PretrainedConfig) -> nn.M
     if config.adapter:  # fake tensors cannot be moved: A and B stay in fp32, whatever the weights are in
         with unittest.mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module):
             lora.add(config, model)
+    if config.rule == MASK_TUNING:
+        mask_tuning.add(config, model)
     return model
 
 
@@ -296,6 +312,8 @@ def flops_per_token(model: nn.Module, length: float) -> float:
     active, of_layer = experts(architecture) or (1, 1)
     products = 0.0
     for name, p in model.named_parameters():
+        if name.endswith(".original1"):  # what a mask is multiplied with, see mask_tuning.py: in no product by itself
+            continue
         if p.dim() >= 2 and not name.endswith("bias") and (tied or p is not embedding):
             share = active / of_layer if ".experts." in name else 1
             products += (6 if p.requires_grad else 4) * p.numel() * share
@@ -362,15 +380,18 @@ def report(
     tokens = steps / in_epoch * examples.lengths.sum()
 
     parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     held = held_bytes(config, model, masker, shards)
     held |= {"gathered in passing": gathered_bytes(config, model)} if sharded else {}
-    held["activations"] = activation_bytes(config, model.config, rows, longest, in_largest, packed)
+    if config.optimizer in ZEROTH_ORDER:  # as the optimizer does; then a weight's products are two of two FLOPs
+        model.requires_grad_(False)
+    else:
+        held["activations"] = activation_bytes(config, model.config, rows, longest, in_largest, packed)
     needed, card = most_at_once(held), backend.card_bytes()
     whole = tensor_bytes(config, parameters, 1, False)
     checkpoint = whole["weights"] + whole["optimizer"]
     saves = config.save_every or config.save_every_minutes
     disk = whole["weights"] + (config.keep_checkpoints + 1) * checkpoint * bool(saves)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
     flops = tokens * flops_per_token(model, float(np.mean(examples.lengths)))
     mixture = experts(model.config)
     where = f"{processes} process(es), each with the whole model"

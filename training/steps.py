@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
-from common.config import TrainConfig
+from common.config import ZEROTH_ORDER, TrainConfig
 from training import backend, plan
 from training.data import Examples, collate, step_examples
 from training.objectives import Objective
@@ -30,6 +30,7 @@ class Batches(NamedTuple):
     tokens: int  # their tokens
     trained: int  # and those of them that are trained
     micro: list[MicroBatch]  # this process's share
+    step: int
 
 
 def step_batches(config: TrainConfig, examples: Examples, packed: bool, accelerator: Accelerator, step: int) -> Batches:
@@ -38,7 +39,7 @@ def step_batches(config: TrainConfig, examples: Examples, packed: bool, accelera
     torch.manual_seed(((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index) % 2**63)
     ids = step_examples(len(examples), config.global_batch_size, config.seed, step)
     micro = list(distribute(config, examples, ids, packed, accelerator))
-    return Batches(ids, int(examples.lengths[ids].sum()), int(examples.trained[ids].sum()), micro)
+    return Batches(ids, int(examples.lengths[ids].sum()), int(examples.trained[ids].sum()), micro, step)
 
 
 def distribute(
@@ -116,9 +117,25 @@ class Clipping:
         if self.max_norms["after"]:
             _, self.factor = clip(self.parameters, self.max_norms["after"])
 
-    def norm(self) -> float:
-        """The norm that the gradients would have now, had they not been clipped."""
-        return to_float(gradient_norm(self.parameters)) / self.factor
+    def norms(self, before_masking: float, measure: bool) -> dict[str, float]:
+        """What is logged: the norm before masking, and that which the gradients would have now without clipping.
+
+        The second is the first where it is not to be measured.
+        """
+        kept = to_float(gradient_norm(self.parameters)) / self.factor if measure else before_masking
+        return {"grad_norm": before_masking, "grad_norm_kept": kept}
+
+
+def gradient(
+    config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[..., Tensor]
+) -> tuple[Callable[..., Tensor], Any]:
+    """(what computes a step's gradient and returns its sums, what clips the gradient and knows its norms).
+
+    A zeroth-order optimizer is both by itself, see zeroth_order.py.
+    """
+    if config.optimizer in ZEROTH_ORDER:
+        return optimizer.estimate, optimizer
+    return backward, Clipping(config, model)
 
 
 def to_float(norm: Tensor) -> float:
