@@ -1,31 +1,53 @@
 """The selection rules of gmt.py, set up from a run's configuration."""
 
+import fnmatch
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 import gmt
-from common.config import TrainConfig, user_errors
+from common.config import TrainConfig, UserError, user_errors
 from training import lora
 
 
 def freeze(config: TrainConfig, model: nn.Module, log: Callable[[str], object] = lambda text: None) -> Any:
-    """Freeze the tensors that rule hft, or an adapter, does not train. Call it before the optimizer is built.
+    """Freeze what rule hft, an adapter or train_only does not train. Call it before the optimizer is built.
 
     Returns:
         The adapter that is trained in their place, see lora.add; None where there is none.
     Raises:
-        UserError: hft does not know the model's layers, or the adapter's targets are not in the model.
+        UserError: hft does not know the model's layers, the adapter's targets are not in the model, or a pattern of
+            train_only matches no parameter.
     """
     if config.adapter:
         return lora.add(config, model, log)
+    if config.train_only:
+        trained = train_only(config.train_only, model)
+        log(f"train_only: {len(trained)} tensors are trained: {', '.join(trained)}")
+        return None
     if config.rule != "hft":
         return None
     with user_errors():
         frozen = gmt.freeze_half(model, config.seed, config.objective)
     log(f"hft freezes {len(frozen)} tensors: {', '.join(frozen)}")
     return None
+
+
+def train_only(patterns: list[str], model: nn.Module) -> list[str]:
+    """Freeze the parameters whose names match none of the patterns; returns the names of the others, in model order.
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"train_only: {pattern!r} matches no parameter; the first one here is {names[0]}")
+    trained = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trained)
+    return trained
 
 
 def build_masker(config: TrainConfig, model: nn.Module) -> gmt.Masker:
