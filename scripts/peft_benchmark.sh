@@ -44,9 +44,6 @@ words_of_run() { # words_of_run RUN SEED: of a training, in the array `words`, w
 
 benchmark() { # its arguments go to train.py
     local base dataset run seed folder planned=() words folders=() few=()
-    base=$(here models "$(setting "$CONFIG" model)")
-    dataset=$(setting "$CONFIG" dataset)
-    dataset=$(here datasets "${dataset%:*}")
     for run in $RUNS; do words_of_run "$run" 0; done # refuses unknown ones
     if [ -n "${DRY_RUN:-}" ]; then
         for run in $RUNS; do
@@ -58,8 +55,9 @@ benchmark() { # its arguments go to train.py
     fi
     prepare
     [ -z "$REDUCED" ] || few=(--rows 12)
-    base=$(here models "$(setting "$CONFIG" model)") # of the reduced world, which is there now
-    dataset=$(here datasets "${dataset#"$HUB_DIR/datasets/"}")
+    base=$(here models "$(setting "$CONFIG" model)")
+    dataset=$(setting "$CONFIG" dataset)
+    dataset=$(here datasets "${dataset%:*}")
     stage rows "$OUT/rows.jsonl" scripts/peft_benchmark/rows.py --dataset "$dataset" --tokenizer "$base" \
         --output "$OUT/rows.jsonl" ${few[@]+"${few[@]}"}
     read -r seed _ <<<"$SEEDS"

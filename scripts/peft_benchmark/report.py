@@ -45,8 +45,8 @@ How to read it:
   since 2026-07-14: until then the same word meant another quantity.
 - **What still differs in ours:** every row has its EOS trained (there, not the longest of a batch); the loss is the
   mean over the trained tokens (there, over the tokens without EOS, 0.5 % apart); matrices alone decay; the texts'
-  losses are computed in fp32 from bf16 logits. gmt, gmt_frozen, rmt and mofo have full fine-tuning's learning rate, not
-  a tuned one.
+  losses are computed in fp32 from bf16 logits; lora is merged into bf16 weights before it is scored (there, it is
+  computed beside them). gmt, gmt_frozen, rmt and mofo have full fine-tuning's learning rate, not a tuned one.
 - **Memory** is the peak that torch allocated in training (ours), or the 99th percentile of what it reserved in training
   (theirs, on an L40S)."""
 HEAD = [
