@@ -65,6 +65,38 @@ def folders(tmp_path) -> list[Path]:
     return made
 
 
+TEXT_LOSS = "text_loss.peft"
+
+
+def with_losses(folder: Path, losses: list[float], tokens: tuple[int, ...] = (10, 30), text: str = "t") -> None:
+    """Add text_loss to the scores in an evaluation's folder: of texts of these numbers of tokens."""
+    scores = json.loads((folder / "scores.json").read_text())
+    model = next(iter(scores.values()))["model"]
+    mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
+    value = {"score": mean, "standard_error": 0.5}
+    scores[TEXT_LOSS] = {
+        "task": "text_loss",
+        "n": len(losses),
+        "unit": "nats",
+        "model": model,
+        "metrics": {"loss": value},
+    }
+    lines = [
+        {"id": i, "item": {"text": f"{text}{i}"}, "loss": loss, "scored_tokens": n}
+        for i, (loss, n) in enumerate(zip(losses, tokens, strict=True))
+    ]
+    write_rows(folder / f"{TEXT_LOSS}.jsonl", lines)
+    (folder / "scores.json").write_text(json.dumps(scores))
+
+
+@pytest.fixture
+def with_texts(folders) -> list[Path]:
+    """The folders, all with the losses of two texts: 2 and 4 of the base model, 0.1 to 0.9 more of the others."""
+    for i, folder in enumerate(folders):
+        with_losses(folder, [2 + 0.1 * i, 4 + 0.1 * i + 0.04 * (i > 0)])
+    return folders
+
+
 def test_what_folders_tell_of_a_run(folders, tmp_path):
     base, none, *_, drop = report_runs.read_runs(folders)
     assert (base.name, base.rule, base.model, base.seed, base.training) == ("base", "base", BASE, None, None)
@@ -134,19 +166,19 @@ def test_means_over_seeds(folders):
     assert "Means over" not in report.report(one_each)
 
 
-def test_csv_and_figures(folders, tmp_path):
+def test_csv_and_figures(with_texts, tmp_path):
     out = tmp_path / "out"
     words = ["--csv", str(tmp_path / "s.csv"), "--out", str(tmp_path / "report.md"), "--figures", str(out)]
-    report.main([*map(str, folders), *words, "--sweep", "--new", "gsm8k", "--retained", "mmlu"])
+    report.main([*map(str, with_texts), *words, "--sweep", "--new", "gsm8k", "--retained", "mmlu", "text_loss"])
     with open(tmp_path / "s.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == len(folders) * 2
-    assert {k: v for k, v in rows[8].items() if k not in ("folder", "standard_error")} == {
+    assert len(rows) == len(with_texts) * 3
+    assert {k: v for k, v in rows[12].items() if k not in ("folder", "standard_error")} == {
         "run": "gmt_seed0", "model": BASE, "rule": "gmt", "keep_ratio": "0.2", "learning_rate": "1e-05", "seed": "0",
         "task": "gsm8k", "protocol": "metamath", "metric": "correct", "score": "0.6", "n": "100", "unit": "share",
         "rise": "",
     }  # fmt: skip
-    assert float(rows[8]["standard_error"]) == pytest.approx((0.6 * 0.4 / 99) ** 0.5)
+    assert float(rows[12]["standard_error"]) == pytest.approx((0.6 * 0.4 / 99) ** 0.5)
     for name in ("loss", "forgetting", "sweep"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -231,37 +263,6 @@ def test_smoothing_against_a_mean_by_hand():
 
 # --- losses: what is retained, as a rise against the base model -------------------------------------------------------
 
-TEXT_LOSS = "text_loss.peft"
-
-
-def with_losses(folder: Path, losses: list[float], tokens: tuple[int, ...] = (10, 30), text: str = "t") -> None:
-    """Add text_loss to the scores in an evaluation's folder: of texts of these numbers of tokens."""
-    scores = json.loads((folder / "scores.json").read_text())
-    model = next(iter(scores.values()))["model"]
-    mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
-    value = {"score": mean, "standard_error": 0.5}
-    scores[TEXT_LOSS] = {
-        "task": "text_loss",
-        "n": len(losses),
-        "unit": "nats",
-        "model": model,
-        "metrics": {"loss": value},
-    }
-    lines = [
-        {"id": i, "item": {"text": f"{text}{i}"}, "loss": loss, "scored_tokens": n}
-        for i, (loss, n) in enumerate(zip(losses, tokens, strict=True))
-    ]
-    write_rows(folder / f"{TEXT_LOSS}.jsonl", lines)
-    (folder / "scores.json").write_text(json.dumps(scores))
-
-
-@pytest.fixture
-def with_texts(folders) -> list[Path]:
-    """The folders, all with the losses of two texts: 2 and 4 of the base model, 0.1 to 0.9 more of the others."""
-    for i, folder in enumerate(folders):
-        with_losses(folder, [2 + 0.1 * i, 4 + 0.1 * i + 0.04 * (i > 0)])
-    return folders
-
 
 def test_a_loss_is_reported_as_its_rise_against_the_base_model(with_texts, tmp_path):
     runs = report_runs.read_runs(with_texts)
@@ -310,10 +311,11 @@ def test_a_figure_of_a_score_and_a_rise(with_texts, tmp_path, drawn):
     assert [round(y, 6) for y in with_ratio[0].y] == [0.53, 0.73] and levels[0].y == [0.0]
 
 
-def test_a_figure_of_losses_alone_is_drawn(with_texts, tmp_path):
-    words = ["--figures", str(tmp_path / "out"), "--new", "text_loss", "--retained", "text_loss", "mmlu", "--sweep"]
-    report.main([*map(str, with_texts), *words])
-    assert {p.stem for p in (tmp_path / "out").glob("*.png")} == {"loss", "forgetting", "sweep"}
+def test_the_new_task_may_be_a_loss(with_texts, tmp_path, drawn):
+    report_curves.draw(report_runs.read_runs(with_texts), tmp_path, "text_loss", ["mmlu"], sweep=False)
+    ((panels, new, *_),) = drawn["forgetting_figure"]
+    assert new == "new: text_loss, rise over the base model\n(nats per token, lower is better)"
+    assert panels["retained: mmlu (%)"][1].x == [pytest.approx(0.23)]
 
 
 def test_a_run_on_other_texts_is_left_out_of_the_figure(with_texts, tmp_path, drawn):

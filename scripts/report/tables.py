@@ -65,6 +65,16 @@ def bootstrap(a: np.ndarray, b: np.ndarray, groups: list[str], seed: int = 0) ->
     return float(low), float(high)
 
 
+def weighted_bootstrap(a: np.ndarray, b: np.ndarray, weights: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the weighted mean of b - a over items (n,), each drawn with its weight."""
+    rng, n, means = np.random.default_rng(seed), len(weights), []
+    while len(means) < RESAMPLES:
+        drawn = rng.integers(n, size=(max(1, 10**6 // n), n))  # as many resamples as there is room for
+        means += (((b - a) * weights)[drawn].sum(1) / weights[drawn].sum(1)).tolist()
+    low, high = np.percentile(means[:RESAMPLES], [2.5, 97.5])
+    return float(low), float(high)
+
+
 def compare(first: Path, second: Path, name: str, metric: str) -> str:
     """The difference second - first of two runs on the items of a job, and whether it may be chance."""
     task = TASKS[name.split(".")[0]]
@@ -76,7 +86,8 @@ def compare(first: Path, second: Path, name: str, metric: str) -> str:
         weights, others = (np.array([float(line[task.weight]) for line in run]) for run in lines)
         if not np.array_equal(weights, others):
             return "other tokens"
-        a, b = (values * weights / weights.mean() for values in (a, b))  # whose mean is the weighted one
+        low, high = (shown(value, task.unit, "+") for value in weighted_bootstrap(a, b, weights))
+        return f"{shown(float(np.average(b - a, weights=weights)), task.unit, '+')} [{low}, {high}]"
     if not task.macro and set(np.unique([a, b])) <= {0.0, 1.0}:
         return f"{100 * (b - a).mean():+.2f}, p = {mcnemar(a, b):.2g}"
     groups = [task.group(line["item"]) for line in lines[0]] if task.macro else [""] * len(a)
