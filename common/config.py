@@ -115,11 +115,13 @@ class TrainConfig:
     dataset_split: str = key("train", "split of a folder or of a Hub dataset")
     template: str = key(
         "metamath",
-        "how a row becomes text: metamath, magicoder, prompt_response, tulu, chat (the tokenizer's own chat template), "
-        "or one added to templates.py",
+        "how a row becomes text: metamath, peft_metamath, magicoder, prompt_response, tulu, chat (the tokenizer's own "
+        "chat template), or one added to templates.py",
     )
     max_length: int = key(512, "tokens per example at most")
     overlong: Literal["truncate", "drop"] = key("truncate", "what happens to longer examples")
+    train_on_prompt: bool = key(False, "sft: train on all tokens, the prompt's too, not on the responses' alone")
+    shuffle: bool = key(True, "a new random order of the examples in each epoch; false: that of the data")
     eval_rows: int = key(0, "hold out N random rows for the evaluation loss")
     tokenise_processes: int = key(0, "processes that tokenise; 0: one per core and 10,000 rows")
 
@@ -149,6 +151,9 @@ class TrainConfig:
     scope: Literal["tensor", "model"] = key("tensor", "one threshold per matrix, or one over all of them")
     exclude: list[str] = key([], "patterns of parameter names that are not masked, e.g. '*embed_tokens*'")
     mask_vectors: bool = key(False, "mask 1-D tensors (norms, biases) too")
+    train_only: list[str] = key(
+        [], "patterns of parameter names: all others are frozen, e.g. '*q_proj.weight'; none given: all are trained"
+    )
     calibration_steps: int = key(0, "steps whose squared gradients choose the masks of rule grad_square, before step 1")
     lift_rank: int = key(64, "rank of the part of W that rule lift looks at")
     adapter: Literal["", "lora"] = key(
@@ -268,6 +273,9 @@ class TrainConfig:
         for name in OF_ADAPTERS:
             if not self.adapter and not self._is_default(name):
                 raise UserError(f"{name} has no meaning without an adapter: leave it out (or set adapter lora)")
+        if self.train_only and (self.adapter or self.rule in ("hft", MASK_TUNING)):
+            chosen = f"adapter {self.adapter}" if self.adapter else f"rule {self.rule}"
+            raise UserError(f"train_only has no meaning with {chosen}, which says itself what is trained: leave it out")
         with user_errors():
             axes = self.axes
         self._check_score(axes.score)
@@ -306,6 +314,8 @@ class TrainConfig:
         self._check_schedule()
         if self.objective == "sft" and (self.beta != 0.1 or self.length_normalised):
             raise UserError("beta and length_normalised are of objective dpo: leave them out under sft")
+        if self.objective == "dpo" and self.train_on_prompt:
+            raise UserError("train_on_prompt is of objective sft: dpo compares answers to one prompt; leave it out")
         if self.micro_batch_tokens < self.max_length * (1 + (self.objective == "dpo")):
             raise UserError(
                 f"one {'answer of a pair' if self.objective == 'dpo' else 'example'} may have max_length "

@@ -47,6 +47,7 @@ MAGICODER = (
     "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses "
     "to user instructions.\n\n@@ Instruction\n{instruction}\n\n@@ Response\n"
 )
+PEFT = "Question: {question} Think step by step.\nAnswer:"
 
 
 class Segment(NamedTuple):
@@ -61,6 +62,11 @@ def metamath(row: dict[str, str]) -> tuple[str, str]:
     instruction, _, rest = row["query"].partition("\n")
     template = ALPACA_WITH_INPUT if rest else ALPACA
     return template.format_map({"instruction": instruction, "input": rest}), row["response"]
+
+
+def peft_metamath(row: dict[str, str]) -> tuple[str, str]:
+    """The prompt of peft's MetaMathQA benchmark. The response follows its colon without a space."""
+    return PEFT.format_map({"question": row["query"]}), row["response"]
 
 
 def magicoder(row: dict[str, str]) -> tuple[str, str]:
@@ -233,6 +239,7 @@ class Conversation:
 
 TEMPLATES: dict[str, Pair | Conversation] = {
     "metamath": Pair(("query", "response"), metamath),
+    "peft_metamath": Pair(("query", "response"), peft_metamath),
     "magicoder": Pair(("instruction", "response"), magicoder, apart=True),
     "prompt_response": Pair(("prompt", "response"), prompt_response),
     "tulu": Conversation(tulu),

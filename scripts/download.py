@@ -20,6 +20,7 @@ from common.hub import is_local
 from common.sources import ROW_FILES, split_cap
 
 ABOUT_MODELS = ["*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]  # configuration and tokenizer
+TEXTS = "text_loss.jsonl"
 NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 
@@ -53,10 +54,12 @@ def fetch_dataset(name: str, split: str, folder: Path) -> Path:
 
 
 def fetch_tasks(words: list[str], folder: Path) -> Path:
-    """The benchmarks' rows, in a cache that `datasets` finds again offline."""
+    """The benchmarks' rows, in a cache that `datasets` finds again offline; text_loss's texts, which are no whole
+    dataset, in text_loss.jsonl."""
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     import datasets
 
+    from evaluation.scores import write_lines
     from tasks import GROUPS, TASKS
     from tasks.source import Source
 
@@ -68,7 +71,10 @@ def fetch_tasks(words: list[str], folder: Path) -> Path:
     failed = []
     for name in names:
         try:
-            TASKS[name].load(Source())
+            rows = TASKS[name].load(Source())
+            if name == "text_loss":
+                folder.mkdir(parents=True, exist_ok=True)
+                write_lines(folder / TEXTS, rows)
         except UserError as e:  # not on the Hub, say
             failed.append(f"{name}: {e}")
     if failed:
@@ -115,6 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.tasks:
         cache = fetch_tasks(args.tasks, folder)
         print(f"eval.py: HF_HUB_OFFLINE=1 HF_DATASETS_CACHE={shlex.quote(str(cache))}")
+        if "text_loss" in args.tasks:
+            print(f"eval.py: write text_loss={shlex.quote(str(folder / TEXTS))} for text_loss")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ sweep() {
             run=$OUT/gmt_${KEEP_RATIO}_seed$seed
             words_of "$CONFIG" gmt "$seed"
             train_and_tidy "$run" "${words[@]}" --model "$base" "$@"
-            evaluate "$run/final" "$run" "$PROMPTS"
+            evaluate "$run/final" "$run" "$PROMPTS" "$TASKS $RETAINED"
             folders+=("$run/eval")
         done
     done

@@ -1,4 +1,4 @@
-"""Mathematics: GSM8K and MATH as MetaMath scores them, GSM8K with 8 examples as open-instruct does.
+"""Mathematics: GSM8K and MATH as MetaMath scores them, GSM8K with 8 examples as open-instruct does, and as peft does.
 
 Beside each paper's own rule stands math-verify's verdict. What could hang runs in worker processes with a deadline.
 """
@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from common.templates import ALPACA
+from common.templates import ALPACA, PEFT
 from sandbox import workers
-from tasks.math_rules import last_boxed, open_instruct_number
+from tasks.math_rules import last_boxed, open_instruct_number, peft_gsm8k
 from tasks.metrics import per_item
 from tasks.source import Source
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
@@ -151,6 +151,32 @@ GSM8K_8SHOT = Task(
     metrics=("correct", "math_verify"),
     max_new_tokens=512,
     versions={1319: "main/test", 200: "main/test, the published 200"},
+)
+
+
+def peft_question(item: dict) -> str:
+    return PEFT.format_map({"question": item["question"]})
+
+
+def judge_gsm8k_peft(items: list[dict], answers: list[Answer], options: Options) -> list[dict]:
+    """`correct`: peft's rule, which reads the prompt too; `math_verify`: of the completion alone."""
+    completions = [answer["completions"][0] for answer in answers]
+    texts = [answer["prompt"] + completion for answer, completion in zip(answers, completions, strict=True)]
+    by_rule = [(peft_gsm8k(text, item["answer"]), "") for text, item in zip(texts, items, strict=True)]
+    pairs = [(c, str(gsm8k_gold(item))) for c, item in zip(completions, items, strict=True)]
+    (by_library,) = apply_in_workers(["math_verify"], pairs, options)
+    return [verdict(*of_item) for of_item in zip(pairs, by_rule, by_library, strict=True)]
+
+
+GSM8K_PEFT = Task(  # peft's limit of 800 tokens for prompt and answer together is beyond all of these prompts
+    name="gsm8k_peft",
+    protocol="peft",
+    load=load_gsm8k,
+    formats={"base": Format(lambda item, _: peft_question(item))},
+    judge=judge_gsm8k_peft,
+    metrics=("correct", "math_verify"),
+    max_new_tokens=300,
+    versions={1319: "main/test"},
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

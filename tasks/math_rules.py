@@ -4,6 +4,7 @@ This file imports the standard library alone (and math-verify where it is called
 """
 
 import re
+from decimal import Decimal
 
 PHRASE = "The answer is: "  # that MetaMath's answers end in
 
@@ -145,6 +146,40 @@ def open_instruct_number(completion: str) -> tuple[str | None, str]:
     text = re.sub(r"(\d),(\d)", r"\1\2", completion)
     numbers = re.findall(r"[-+]?\d*\.\d+|\d+", text)
     return (numbers[-1], numbers[-1]) if numbers else (None, text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# peft, GSM8K: method_comparison/MetaMathQA/utils.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+# MetaMath's phrases and GSM8K's mark. The first one that a text holds anywhere is looked for, wherever the others are.
+PEFT_PHRASES = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
+
+
+def peft_answer(text: str) -> str | None:
+    """What peft's rule finds in a text: the rest of the line behind the last of its phrases; None without a phrase."""
+    text = text.strip().rstrip(".!?")
+    phrase = next((phrase for phrase in PEFT_PHRASES if phrase in text), None)
+    if phrase is None:
+        return None
+    return text.rpartition(phrase)[2].strip().partition("\n")[0].strip(" .!?$%")
+
+
+def peft_value(answer: str) -> float | str:
+    """A number or a fraction as a float; any other answer as it is: with a thousands comma, a unit, or in LaTeX."""
+    numerator, slash, denominator = answer.partition("/")
+    try:
+        number = Decimal(numerator.strip())
+        return float(number / Decimal(denominator.strip()) if slash else number)
+    except (ArithmeticError, ValueError):  # decimal's own errors are among the first
+        return answer
+
+
+def peft_gsm8k(text: str, gold: str) -> dict:
+    """Whether an answer's text, prompt included, and the gold answer's text hold the same, by peft's rule for both."""
+    extracted, wanted = peft_answer(text), peft_answer(gold)
+    correct = extracted is not None and wanted is not None and peft_value(extracted) == peft_value(wanted)
+    return {"extracted": extracted, "correct": correct}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -220,6 +220,7 @@ RUN_BY = {
     "bash scripts/reproduce_code.sh": "tests/test_reproduce.py::test_code_whole",
     "bash scripts/reproduce_general.sh": "tests/test_reproduce.py::test_general_whole",
     "bash scripts/sweep_keep_ratio.sh": "tests/test_reproduce.py::test_sweep_whole",
+    "bash scripts/peft_benchmark.sh": "tests/test_peft_benchmark.py::test_whole",
     "bash scripts/test.sh": ".ci/run",
     "bash scripts/install_sandbox.sh": "scripts/test.sh",
     "bash scripts/gpu_check.sh": "tests/test_gpu_check.py::test_some_parts",

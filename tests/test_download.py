@@ -117,6 +117,26 @@ def test_tasks_come_into_a_cache(tmp_path, monkeypatch, capsys):
     assert len([a for a in asked if "main" in a]) == 2  # what can be fetched is
 
 
+def test_texts_come_into_a_file(tmp_path, monkeypatch, capsys):
+    """They are the first of a dataset that is not fetched whole, so no cache has them."""
+    import datasets
+
+    from tasks import TASKS
+    from tasks.source import Source
+
+    class Stream:
+        def take(self, n):
+            return [{"text": f"{i}", "id": i} for i in range(n)]
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **how: Stream())
+    download.main([str(tmp_path / "f"), "--tasks", "text_loss"])
+    said = capsys.readouterr().out.split()
+    (word,) = [word for word in said if word.startswith("text_loss=")]
+    assert TASKS["text_loss"].load(Source(file=word.partition("=")[2])) == [{"text": f"{i}"} for i in range(100)]
+
+
 def test_errors(tmp_path, hub):
     with pytest.raises(UserError, match="model owner/other cannot be fetched: 404: no repository owner/other"):
         download.main([str(tmp_path), "--model", "owner/other"])

@@ -46,6 +46,19 @@ def test_bootstrap_over_groups_weighs_them_equally():
     assert report.bootstrap(a, b, groups) == (0.5, 0.5)
 
 
+def test_the_interval_of_a_weighted_mean_against_the_normal_approximation():
+    """Of a ratio of two sums: weights that differ widen nothing by themselves."""
+    rng = np.random.default_rng(3)
+    a, weights = rng.normal(size=300), rng.integers(1, 50, size=300).astype(float)
+    assert report.weighted_bootstrap(a, a + 0.25, weights) == (pytest.approx(0.25), pytest.approx(0.25))
+    b = a + rng.normal(0.2, size=300)
+    mean = np.average(b - a, weights=weights)
+    error = ((weights * (b - a - mean)) ** 2).sum() ** 0.5 / weights.sum()
+    low, high = report.weighted_bootstrap(a, b, weights)
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+
+
 @pytest.fixture
 def runs(tmp_path):
     """Two runs on GSM8K (0/1 verdicts) and BBH (a mean over tasks); the second better in ways that are known."""

@@ -65,6 +65,38 @@ def folders(tmp_path) -> list[Path]:
     return made
 
 
+TEXT_LOSS = "text_loss.peft"
+
+
+def with_losses(folder: Path, losses: list[float], tokens: tuple[int, ...] = (10, 30), text: str = "t") -> None:
+    """Add text_loss to the scores in an evaluation's folder: of texts of these numbers of tokens."""
+    scores = json.loads((folder / "scores.json").read_text())
+    model = next(iter(scores.values()))["model"]
+    mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
+    value = {"score": mean, "standard_error": 0.5}
+    scores[TEXT_LOSS] = {
+        "task": "text_loss",
+        "n": len(losses),
+        "unit": "nats",
+        "model": model,
+        "metrics": {"loss": value},
+    }
+    lines = [
+        {"id": i, "item": {"text": f"{text}{i}"}, "loss": loss, "scored_tokens": n}
+        for i, (loss, n) in enumerate(zip(losses, tokens, strict=True))
+    ]
+    write_rows(folder / f"{TEXT_LOSS}.jsonl", lines)
+    (folder / "scores.json").write_text(json.dumps(scores))
+
+
+@pytest.fixture
+def with_texts(folders) -> list[Path]:
+    """The folders, all with the losses of two texts: 2 and 4 of the base model, 0.1 to 0.9 more of the others."""
+    for i, folder in enumerate(folders):
+        with_losses(folder, [2 + 0.1 * i, 4 + 0.1 * i + 0.04 * (i > 0)])
+    return folders
+
+
 def test_what_folders_tell_of_a_run(folders, tmp_path):
     base, none, *_, drop = report_runs.read_runs(folders)
     assert (base.name, base.rule, base.model, base.seed, base.training) == ("base", "base", BASE, None, None)
@@ -134,18 +166,19 @@ def test_means_over_seeds(folders):
     assert "Means over" not in report.report(one_each)
 
 
-def test_csv_and_figures(folders, tmp_path):
+def test_csv_and_figures(with_texts, tmp_path):
     out = tmp_path / "out"
     words = ["--csv", str(tmp_path / "s.csv"), "--out", str(tmp_path / "report.md"), "--figures", str(out)]
-    report.main([*map(str, folders), *words, "--sweep", "--new", "gsm8k", "--retained", "mmlu"])
+    report.main([*map(str, with_texts), *words, "--sweep", "--new", "gsm8k", "--retained", "mmlu", "text_loss"])
     with open(tmp_path / "s.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == len(folders) * 2
-    assert {k: v for k, v in rows[8].items() if k not in ("folder", "standard_error")} == {
+    assert len(rows) == len(with_texts) * 3
+    assert {k: v for k, v in rows[12].items() if k not in ("folder", "standard_error")} == {
         "run": "gmt_seed0", "model": BASE, "rule": "gmt", "keep_ratio": "0.2", "learning_rate": "1e-05", "seed": "0",
-        "task": "gsm8k", "protocol": "metamath", "metric": "correct", "score": "0.6", "n": "100",
+        "task": "gsm8k", "protocol": "metamath", "metric": "correct", "score": "0.6", "n": "100", "unit": "share",
+        "rise": "",
     }  # fmt: skip
-    assert float(rows[8]["standard_error"]) == pytest.approx((0.6 * 0.4 / 99) ** 0.5)
+    assert float(rows[12]["standard_error"]) == pytest.approx((0.6 * 0.4 / 99) ** 0.5)
     for name in ("loss", "forgetting", "sweep"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -169,7 +202,9 @@ def test_what_the_figures_show(folders, tmp_path, drawn):
     third = [sum(y[50] for _, y in curves[0].seeds) / 3]
     assert curves[0].y[50] == pytest.approx(third[0])
 
-    ((curves, *_, note, _),) = drawn["forgetting_figure"]
+    ((panels, new, note, _),) = drawn["forgetting_figure"]
+    ((label, curves),) = panels.items()
+    assert (label, new) == ("retained: mmlu (%)", "new: gsm8k (%)")
     none = curves[1]
     assert (none.x, none.y, none.rule) == ([pytest.approx(52)], [pytest.approx(40)], "none")
     assert none.x_error == [pytest.approx(4.9683, rel=1e-4)] and len(none.seeds) == 3
@@ -178,7 +213,8 @@ def test_what_the_figures_show(folders, tmp_path, drawn):
 
     ((panels, *_),) = drawn["sensitivity_figure"]
     assert list(panels) == ["gsm8k: correct", "mmlu: correct"]
-    with_ratio, levels = panels["gsm8k: correct"]
+    with_ratio, levels, label = panels["gsm8k: correct"]
+    assert label == "score (%)"
     assert [(c.label, c.x, [round(y, 6) for y in c.y]) for c in with_ratio] == [
         ("gmt", [0.2, 0.4], [62, 58]), ("one-off drop", [0.2], [32]),
     ]  # fmt: skip
@@ -206,7 +242,8 @@ def test_a_seed_without_a_task(folders, tmp_path, drawn):
     rows = table(report.report(runs), "Means over training seeds")
     assert rows["gmt"][f"{SCORES[1]} correct"].startswith("51.50 ± ")  # of seeds 1 and 2
     report_curves.draw(runs, tmp_path, "gsm8k", ["mmlu"], sweep=True)
-    ((curves, *_),) = drawn["forgetting_figure"]
+    ((panels, *_),) = drawn["forgetting_figure"]
+    (curves,) = panels.values()
     assert curves[2].x == [pytest.approx(63)] and len(curves[2].seeds) == 2
 
 
@@ -222,6 +259,81 @@ def test_seeds_that_have_logged_other_steps(folders, tmp_path):
 def test_smoothing_against_a_mean_by_hand():
     assert report_figures.smooth([1, 2, 6, 3], 3) == [1.5, 3, 11 / 3, 4.5]
     assert report_figures.smooth([1, 2, 6], 1) == [1, 2, 6]
+
+
+# --- losses: what is retained, as a rise against the base model -------------------------------------------------------
+
+
+def test_a_loss_is_reported_as_its_rise_against_the_base_model(with_texts, tmp_path):
+    runs = report_runs.read_runs(with_texts)
+    text = report.report(runs)
+    rows = table(text, "Scores")
+    assert rows["base"][f"{TEXT_LOSS} loss"] == "3.5000 ± 0.5000"  # (2 x 10 + 4 x 30) / 40
+    # 0.1 on 10 tokens, 0.14 on 30: 0.13; each text's weight times its distance from that is 0.3, of 40 tokens
+    rise, _, rest = rows["none_seed0"][f"{TEXT_LOSS} loss"].partition(" (")
+    assert rise == "+0.1300 ± 0.0150" and rest.startswith("+0.1300 [")
+    means = table(text, "Means over training seeds")
+    assert means["base"][f"{TEXT_LOSS} loss"] == "3.5000"
+    assert means["none"][f"{TEXT_LOSS} loss"].startswith("+0.2300 ± ")
+    assert means["gmt"][f"{TEXT_LOSS} loss"].startswith("+0.5300 ± ") and "(+0.3000 ± 0.0000)" in str(means["gmt"])
+    assert f"- {TEXT_LOSS}: 2 items" in text and "lower is better; shown is the rise against the base model" in text
+    report.write_csv(runs, tmp_path / "s.csv")
+    with open(tmp_path / "s.csv", newline="") as f:
+        (row,) = [r for r in csv.DictReader(f) if r["run"] == "none_seed0" and r["task"] == "text_loss"]
+    assert float(row["score"]) == pytest.approx(3.63) and float(row["rise"]) == pytest.approx(0.13)
+    assert row["unit"] == "nats"
+
+
+def test_without_the_base_model_or_on_other_texts_it_is_the_loss(with_texts):
+    text = report.report(report_runs.read_runs(with_texts[1:3]))
+    assert table(text, "Scores")["none_seed0"][f"{TEXT_LOSS} loss"] == "3.6300 ± 0.5000" and "rise" not in text
+    for change in ({"tokens": (10, 31)}, {"text": "another "}):
+        with_losses(with_texts[2], [2.2, 4.2], **change)
+        text = report.report(report_runs.read_runs(with_texts))
+        assert table(text, "Scores")["none_seed1"][f"{TEXT_LOSS} loss"].startswith("3.7")
+        assert f"- {TEXT_LOSS}: of none_seed1 it is the loss itself: the base model's texts were others" in text
+
+
+def test_a_figure_of_a_score_and_a_rise(with_texts, tmp_path, drawn):
+    """Scores and losses have panels of their own; in the sweep, too; the base model has risen by nothing."""
+    runs = report_runs.read_runs(with_texts)
+    report_curves.draw(runs, tmp_path, "math", ["mmlu", "text_loss=texts.jsonl"], sweep=True)
+    ((panels, new, *_),) = drawn["forgetting_figure"]
+    losses = "retained: text_loss, rise over the base model\n(nats per token, lower is better)"
+    assert list(panels) == ["retained: mmlu (%)", losses] and new == "new: gsm8k (%)"
+    base, none, *_ = panels[losses]
+    assert (base.rule, base.y, base.y_error) == ("base", [0.0], [0.0])
+    assert (none.x, none.y) == ([pytest.approx(52)], [pytest.approx(0.23)])  # per cent, and nats
+    assert [y for _, (y,) in none.seeds] == pytest.approx([0.13, 0.23, 0.33])
+    ((panels, *_),) = drawn["sensitivity_figure"]
+    with_ratio, levels, label = panels["text_loss: loss"]
+    assert label == "loss, rise over the base model\n(nats per token, lower is better)"
+    assert [round(y, 6) for y in with_ratio[0].y] == [0.53, 0.73] and levels[0].y == [0.0]
+
+
+def test_the_new_task_may_be_a_loss(with_texts, tmp_path, drawn):
+    report_curves.draw(report_runs.read_runs(with_texts), tmp_path, "text_loss", ["mmlu"], sweep=False)
+    ((panels, new, *_),) = drawn["forgetting_figure"]
+    assert new == "new: text_loss, rise over the base model\n(nats per token, lower is better)"
+    assert panels["retained: mmlu (%)"][1].x == [pytest.approx(0.23)]
+
+
+def test_a_run_on_other_texts_is_left_out_of_the_figure(with_texts, tmp_path, drawn):
+    with_losses(with_texts[-3], [2.2, 4.2], text="another ")  # gmt_0.4
+    report_curves.draw(report_runs.read_runs(with_texts), tmp_path, "gsm8k", ["text_loss"], sweep=False)
+    ((panels, *_),) = drawn["forgetting_figure"]
+    (curves,) = panels.values()
+    assert [c.label for c in curves] == ["base model", "none (SFT)", "gmt", "one-off drop"]
+
+
+def test_a_word_names_what_most_runs_have():
+    known = ["mbpp_plus.evalplus", "mbpp_plus.evalplus", "mbpp_plus.evalplus.magicoder", "mmlu.open_instruct", "bbh.x"]
+    assert report_curves.find_jobs(["mbpp_plus", "mmlu=x"], known) == ["mbpp_plus.evalplus", "mmlu.open_instruct"]
+    assert report_curves.find_jobs(["mbpp_plus.evalplus.magicoder"], known) == ["mbpp_plus.evalplus.magicoder"]
+    assert report_curves.find_jobs(["general"], known) == ["mmlu.open_instruct", "bbh.x"]  # those that were scored
+    for word, n in (("code", 2), ("gsm8k", 0)):
+        with pytest.raises(UserError, match=f"scored under {n} names here"):
+            report_curves.find_jobs([word], [*known, "mbpp_plus.evalplus.magicoder"])
 
 
 def test_names_are_short_where_that_is_enough():

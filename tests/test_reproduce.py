@@ -66,7 +66,8 @@ def run(tmp_path):
     )  # setup.sh: all is installed
 
     def start(script: str, *args: str, **variables: str) -> subprocess.Popen:
-        ours = "MODELS RULES SEEDS DATA_DIR HUB_DIR REDUCED TASKS EVAL_ARGS DPO_ARGS KEEP_RATIO ACCELERATE_CONFIG"
+        ours = "MODELS RULES RUNS SEEDS DATA_DIR HUB_DIR REDUCED TASKS RETAINED EVAL_ARGS DPO_ARGS KEEP_RATIO"
+        ours += " ACCELERATE_CONFIG DRY_RUN"
         env = {k: v for k, v in os.environ.items() if k not in ours.split()}
         env |= {"PATH": f"{tmp_path / 'bin'}:{env['PATH']}", "WORK": str(tmp_path), "VIRTUAL_ENV": "x"}
         env |= {"OUT": str(tmp_path / "out"), "NPROC": "1", **variables}
@@ -119,13 +120,14 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
         f"scripts/merge.py drop --base mistralai/Mistral-7B-v0.1 --tuned {tuned.format('none')}/final "
         f"--output_dir {tuned.format('drop')}/final --keep_ratio 0.3"
     ) in done
-    scored = f"--tasks math --data_dir {tmp_path} --limit 7 --overwrite"
+    scored = f"--tasks math mmlu text_loss --data_dir {tmp_path} --limit 7 --overwrite"
     for model, folder in (("mistralai/Mistral-7B-v0.1", "base"), ("OUT/mistral_7b/drop_seed1/final", "drop_seed1")):
         where = f"OUT/mistral_7b/{folder}/eval"
         assert f"{launcher} eval.py --model {model} --output_dir {where} {scored}" in done
     runs = [f"{rule}_seed{seed}" for seed in (0, 1) for rule in ("none", "rmt", "hft", "gmt", "drop")]
     folders = " ".join(f"OUT/mistral_7b/{name}/eval" for name in [*runs, "base"])
     written = "--out {0}/report.md --csv {0}/report.csv --figures {0}".format("OUT/mistral_7b")
+    written += " --new math --retained mmlu text_loss"
     assert done[-1] == f"scripts/report.py {folders} {written}"
     planned = next(line for line in done if line.startswith("scripts/reproduce/dry_runs.py")).split(" -- ")
     assert len(planned) == 5 and "train.py" in planned[2] and "--rule hft" in planned[2]
@@ -273,6 +275,79 @@ def test_the_reduced_world_and_a_folder_of_downloads(run, tmp_path):
     assert (tmp_path / "planned_for").read_text() == "4 true\n"
 
 
+def scorings(done: list[str]) -> dict[str, str]:
+    """The words of --tasks, and what follows them, of each call of eval.py, by its output_dir."""
+    lines = [line.partition(" eval.py ")[2] for line in done if " eval.py " in line]
+    return {line.partition(" --tasks ")[0].split()[-1]: line.partition(" --tasks ")[2] for line in lines}
+
+
+def test_what_is_retained_is_scored_once_of_the_base_model(run, tmp_path):
+    """Of the tuned models in the prompts' format, too; other tasks and texts, or none, as the variable says."""
+    words = {"MODELS": "mistral_7b", "RULES": "none"}
+    assert finish(run("reproduce_code.sh", **words))[0] == 0
+    done = calls(tmp_path)
+    of_base = [line.partition(" --tasks ")[2] for line in done if "base/eval" in line and " eval.py " in line]
+    assert of_base == ["code mmlu text_loss --overwrite", "code --prompt_format magicoder --overwrite"]
+    tuned = "code mmlu text_loss --prompt_format magicoder --overwrite"
+    assert scorings(done)["OUT/mistral_7b/none_seed0/eval"] == tuned
+    assert done[-1].endswith(" --new code --retained mmlu text_loss")
+    words |= {"OUT": "elsewhere", "RETAINED": "bbh text_loss=mine.jsonl", "TASKS": "gsm8k=a.jsonl"}
+    assert finish(run("reproduce_math.sh", **words))[0] == 0
+    done = calls(tmp_path)
+    assert [line.partition(" --tasks ")[2] for line in done if "none_seed0/eval" in line and " eval.py " in line] == [
+        f"bbh --data_dir {tmp_path}/elsewhere/bbh --overwrite", "gsm8k=a.jsonl text_loss=mine.jsonl --overwrite",
+    ]  # fmt: skip
+    assert done[-1].endswith(" --new gsm8k=a.jsonl --retained bbh text_loss=mine.jsonl")
+    assert finish(run("reproduce_math.sh", **{**words, "OUT": "third", "RETAINED": "", "TASKS": ""}))[0] == 0
+    done = calls(tmp_path)
+    assert set(scorings(done).values()) == {"math --overwrite"} and "--new" not in done[-1]
+
+
+def test_texts_that_were_downloaded_are_taken(run, tmp_path):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "text_loss.jsonl").touch()
+    words = {"MODELS": "mistral_7b", "RULES": "none", "HUB_DIR": str(hub)}
+    assert finish(run("reproduce_math.sh", **words))[0] == 0
+    scored = f"math mmlu text_loss={hub}/text_loss.jsonl --overwrite"
+    assert set(scorings(calls(tmp_path)).values()) == {scored}
+
+
+def test_pefts_benchmark_run_by_run(run, tmp_path):
+    """Rows, plan, base model, each run's training and scores, tables; called again, what is done is passed over."""
+    words = {"RUNS": "none gmt_frozen lora", "KEEP_RATIO": "0.3"}
+    code, out, err = finish(run("peft_benchmark.sh", "--max_grad_norm", "2", BREAKS="lora_seed0", **words))
+    assert code == 2 and "stage lora_seed0/train failed" in err
+    calls(tmp_path)
+    (tmp_path / "out/rows.jsonl").touch()  # which the stand-in has not made
+    code, out, err = finish(run("peft_benchmark.sh", "--max_grad_norm", "2", **words))
+    assert code == 0, err
+    there = [
+        "rows",
+        "base/eval",
+        *(f"{run}_seed0/{part}" for run in ("none", "gmt_frozen") for part in ("train", "eval")),
+    ]
+    there = [f"{stage} is there" for stage in there]
+    assert stages(out) == [
+        there[0], "plan", *there[1:], "lora_seed0/train", "lora_seed0/eval", "report", "benchmark"
+    ]  # fmt: skip
+    done = calls(tmp_path)
+    model = "meta-llama/Llama-3.2-3B"
+    launcher = "launch --config_file configs/accelerate/single_gpu.yaml --num_processes 1"
+    assert (
+        f"{launcher} train.py --config configs/peft_llama3.2_3b.yaml --dataset OUT/rows.jsonl --seed 0 --rule none "
+        "--adapter lora --lora_rank 32 --lora_alpha 64 --lora_targets q_proj v_proj --master_dtype bfloat16 "
+        f"--mixed_precision fp32 --learning_rate 1e-4 --weight_decay 0.1 --model {model} --max_grad_norm 2 "
+        "--output_dir OUT/lora_seed0 --resume"
+    ) in done
+    assert scorings(done) == {"OUT/lora_seed0/eval": "gsm8k_peft text_loss --overwrite"}
+    folders = " ".join(f"OUT/{name}/eval" for name in ("none_seed0", "gmt_frozen_seed0", "lora_seed0", "base"))
+    assert done[-1] == f"scripts/peft_benchmark/report.py {folders} --out OUT"
+    assert "--new gsm8k_peft --retained text_loss" in done[-2]
+    made = (tmp_path / "out/logs/rows.done").read_text()
+    assert made.startswith("scripts/peft_benchmark/rows.py --dataset meta-math/MetaMathQA --tokenizer " + model)
+
+
 def test_sweep(run, tmp_path):
     config = tmp_path / "code_mine.yaml"
     config.write_text((ROOT / "configs/code_mistral_7b.yaml").read_text())
@@ -305,6 +380,7 @@ def test_sweep(run, tmp_path):
         ([], {"HUB_DIR": "/no/such"}, "HUB_DIR=/no/such: no such folder"),
         ([], {"ACCELERATE_CONFIG": "no.yaml"}, "ACCELERATE_CONFIG=no.yaml: no such file"),
         ([], {"OUT": "/proc/version/x"}, "OUT=/proc/version/x: cannot be made or written to"),
+        ([], {"RETAINED": "mmlu gsm8k", "TASKS": "gsm8k"}, "RETAINED: gsm8k is one of TASKS already: leave it out"),
         (["--output_dir", "x"], {}, "--output_dir: set OUT instead"),
     ],
 )
@@ -377,10 +453,11 @@ def test_math_whole_and_cut(tmp_path):
     for name in ("none_seed0", "rmt_seed0", "hft_seed0", "gmt_seed0", "drop_seed0", "base"):
         assert f"\n| {name} |" in report
         assert set(json.loads((out / name / "eval/scores.json").read_text())) == {
-            "gsm8k.metamath", "hendrycks_math.metamath",
+            "gsm8k.metamath", "hendrycks_math.metamath", "mmlu.open_instruct", "text_loss.peft",
         }  # fmt: skip
     assert "# Published scores" in report and "MetaMath-Mistral-7B" in report
-    assert (out / "report.csv").read_text().count("\n") == 1 + 6 * 4 and (out / "loss.png").exists()
+    assert (out / "report.csv").read_text().count("\n") == 1 + 6 * 6 and (out / "loss.png").exists()
+    assert (out / "forgetting.png").exists() and "shown is the rise against the base model" in report
     *again, last = stages(whole(tmp_path, "reproduce_math.sh", *args, **words))
     assert last == "mistral_7b/report" and all(stage.endswith(" is there") for stage in again)
     assert len(again) == 1 + 1 + 5 * 2  # the world, the base model, five rules
@@ -401,8 +478,10 @@ def test_code_whole(tmp_path):
     said = whole(tmp_path, "reproduce_code.sh", MODELS="deepseek_coder_6.7b", RULES="none gmt drop")
     out = tmp_path / "out/deepseek_coder_6.7b"
     assert set(json.loads((out / "base/eval/scores.json").read_text())) == {
-        f"{task}.evalplus{format}" for task in ("humaneval_plus", "mbpp_plus") for format in ("", ".magicoder")
-    }
+        *(f"{task}.evalplus{format}" for task in ("humaneval_plus", "mbpp_plus") for format in ("", ".magicoder")),
+        "mmlu.open_instruct", "text_loss.peft",
+    }  # fmt: skip
+    assert (out / "forgetting.png").exists()
     assert (out / "report.md").read_text() in said and "DeepSeek-Coder-6.7B" in said
 
 

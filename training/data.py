@@ -109,6 +109,7 @@ def tokenise(
     overlong: str = "truncate",
     processes: int = 0,
     preferences: bool = False,
+    train_on_prompt: bool = False,
 ) -> Examples:
     """Tokens and labels of all rows, made on several processes and cached on disk.
 
@@ -118,6 +119,7 @@ def tokenise(
         overlong: "truncate" or "drop" longer examples.
         processes: 0: as many as there are cores, and work for.
         preferences: a row is a pair of answers, see templates.encode_preference; an example has two sequences.
+        train_on_prompt: every token but the first is trained, not those of responses alone.
     Raises:
         UserError: an unknown template, a tokenizer without EOS, a row that cannot be rendered (its number is named), or
             nothing left to train on.
@@ -136,7 +138,10 @@ def tokenise(
             row = dict(zip(columns, values, strict=True))
             try:
                 both = templates.render_preference if preferences else lambda *args: (templates.render(*args),)
-                rendered.append(both(kind, row, tokenizer))
+                sequences = both(kind, row, tokenizer)
+                if train_on_prompt:
+                    sequences = tuple([part._replace(trained=True) for part in parts] for parts in sequences)
+                rendered.append(sequences)
                 reasons.append("")
             except LeftOut as e:
                 rendered.append(())
@@ -165,7 +170,8 @@ def tokenise(
     # A name of our own for the cached result: hashing a tokenizer object is slow and not stable. The code is part of
     # it, so that an edited template is not served from the cache.
     code = Path(__file__).read_bytes() + Path(templates.__file__).read_bytes()
-    identity = (rows._fingerprint, _tokenizer_hash(tokenizer), template, max_length, overlong, preferences, code)
+    how = template, max_length, overlong, preferences, train_on_prompt
+    identity = (rows._fingerprint, _tokenizer_hash(tokenizer), *how, code)
     try:
         encoded = rows.map(
             encode_rows,
@@ -252,10 +258,11 @@ def steps_per_epoch(n: int, global_batch_size: int) -> int:
     return math.ceil(n / global_batch_size)
 
 
-def step_examples(n: int, global_batch_size: int, seed: int, step: int) -> np.ndarray:
+def step_examples(n: int, global_batch_size: int, seed: int, step: int, shuffle: bool = True) -> np.ndarray:
     """The example ids of optimizer step `step` (from 0, over all epochs). An epoch's last list may be shorter."""
     epoch, position = divmod(step, steps_per_epoch(n, global_batch_size))
-    return permutation(n, seed, epoch)[position * global_batch_size : (position + 1) * global_batch_size]
+    order = permutation(n, seed, epoch) if shuffle else np.arange(n)
+    return order[position * global_batch_size : (position + 1) * global_batch_size]
 
 
 def pack(ids: np.ndarray, lengths: np.ndarray, row_tokens: int) -> list[list[int]]:

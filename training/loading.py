@@ -37,7 +37,7 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     optional = templates.optional_columns(template, preferences, tokenizer)
     rows = load_all(config.dataset, columns, config.dataset_split, conversations, optional)
     how = config.template, config.max_length, config.overlong, config.tokenise_processes
-    examples = tokenise(rows, tokenizer, *how, preferences)
+    examples = tokenise(rows, tokenizer, *how, preferences, config.train_on_prompt)
     if config.eval_rows >= len(examples):
         raise UserError(f"eval_rows {config.eval_rows} leaves nothing to train on: there are {len(examples)} examples")
     order = permutation(len(examples), config.seed, -1)

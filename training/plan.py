@@ -32,11 +32,13 @@ _BLOCK_8BIT, _LEAST_8BIT = 256, 4096  # bitsandbytes: entries per scale; smaller
 
 
 def on_meta(config: TrainConfig, architecture: PretrainedConfig) -> nn.Module:
-    """The model without memory: names, shapes and dtypes."""
+    """The model without memory: names, shapes and dtypes; tied weights are one, as where weights are loaded."""
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             architecture, dtype=getattr(torch, config.master_dtype), attn_implementation=config.attention
         )
+        model.tie_weights()
+    return model
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -366,7 +368,8 @@ def report(
     gib = lambda n: f"{n / 2**30:.2f} GiB"  # noqa: E731
     in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     steps = config.max_steps or config.epochs * in_epoch
-    some = [step_examples(len(examples), config.global_batch_size, config.seed, s) for s in range(min(steps, 20))]
+    drawn = len(examples), config.global_batch_size, config.seed
+    some = [step_examples(*drawn, step, config.shuffle) for step in range(min(steps, 20))]
     packed, sharded, shards = wants_packing(config), backend.is_sharded(), backend.shards(processes)
     micro = [distribute(config, examples, ids, packed, processes) for ids in some]
     shares = [share_of(examples, m, packed) for m in micro]

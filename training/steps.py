@@ -37,7 +37,7 @@ def step_batches(config: TrainConfig, examples: Examples, packed: bool, accelera
     """This process's micro-batches of optimizer step `step`. Seeds dropout for them."""
     # dropout is a function of (seed, step, process): there is no generator state to save or restore
     torch.manual_seed(((config.seed * 1_000_003 + step) * 100_003 + accelerator.process_index) % 2**63)
-    ids = step_examples(len(examples), config.global_batch_size, config.seed, step)
+    ids = step_examples(len(examples), config.global_batch_size, config.seed, step, config.shuffle)
     micro = list(distribute(config, examples, ids, packed, accelerator))
     return Batches(ids, int(examples.lengths[ids].sum()), int(examples.trained[ids].sum()), micro, step)
 

@@ -69,7 +69,7 @@ class Curve:
     label: str
     rule: str  # a key of STYLE
     x: list[float]  # steps (loss_figure), keep_ratio (sensitivity_figure), score of the new task (forgetting_figure)
-    y: list[float]  # losses; scores in per cent
+    y: list[float]  # losses in nats; scores in per cent
     x_error: list[float] | None = None  # half-widths of 95 % intervals
     y_error: list[float] | None = None
     seeds: list[tuple[list[float], list[float]]] = field(default_factory=list)  # (x, y) of each, drawn faintly
@@ -93,26 +93,27 @@ def loss_figure(panels: dict[str, list[Curve]], path: Path | str) -> None:
     save(fig, path)
 
 
-def forgetting_figure(curves: list[Curve], new: str, retained: str, note: str, path: Path | str) -> None:
-    """Scores (per cent) of what was to be learnt against scores of what was known before: right and up is better."""
-    fig, ax = plt.subplots(figsize=(7.4, 4.8))
-    for curve, look in zip(curves, _looks(curves), strict=True):
-        _points(ax, curve, look)
-    ax.set(xlabel=f"{new} (%)", ylabel=f"{retained} (%)")
-    ax.set_title(note, fontsize=9, color="#444444", loc="left")
-    _legend(fig, [ax])
+def forgetting_figure(panels: dict[str, list[Curve]], new: str, note: str, path: Path | str) -> None:
+    """What was to be learnt against what was known before: a panel for each label of what was retained."""
+    fig, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels) + 2, 4.8), squeeze=False)
+    for ax, (retained, curves) in zip(axes[0], panels.items(), strict=True):
+        for curve, look in zip(curves, _looks(curves), strict=True):
+            _points(ax, curve, look)
+        ax.set(xlabel=new, ylabel=retained)
+    axes[0][0].set_title(note, fontsize=9, color="#444444", loc="left")
+    _legend(fig, axes[0])
     save(fig, path)
 
 
-def sensitivity_figure(panels: dict[str, tuple[list[Curve], list[Curve]]], note: str, path: Path | str) -> None:
-    """Score (per cent) against keep_ratio. A panel per metric: its curves, and horizontal lines of other runs.
+def sensitivity_figure(panels: dict[str, tuple[list[Curve], list[Curve], str]], note: str, path: Path | str) -> None:
+    """Scores against keep_ratio. A panel per metric: its curves, horizontal lines of other runs, the axis' label.
 
     Curves are moved sideways by up to 2 % of the axis, so that bars at the same keep_ratio do not hide each other.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns + 2.2, 3.6 * rows + 0.4), squeeze=False)
-    for ax, (metric, (curves, levels)) in zip(axes.flat, panels.items(), strict=False):
+    for ax, (metric, (curves, levels, label)) in zip(axes.flat, panels.items(), strict=False):
         for curve, look in zip(levels, _looks(levels), strict=True):
             (y,), (error,) = curve.y, curve.y_error or [0.0]
             ax.axhspan(y - error, y + error, color=look["color"], alpha=0.12, linewidth=0)
@@ -125,7 +126,7 @@ def sensitivity_figure(panels: dict[str, tuple[list[Curve], list[Curve]]], note:
             ax.set_xscale("log")
         else:
             ax.set_xlim(0, 1.03)
-        ax.set(xlabel="keep_ratio (fraction of entries kept)", ylabel="score (%)")
+        ax.set(xlabel="keep_ratio (fraction of entries kept)", ylabel=label)
         ax.set_title(metric, fontsize=11)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()

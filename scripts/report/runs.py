@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.config import FREE_TO_CHANGE, UserError
 from common.run_folder import METRICS, RUN
+from evaluation.scores import mean_of, read_lines
+from tasks import TASKS
 
 DROP = "drop.json"  # what merge.py drop leaves in a model's folder
 SEED = re.compile(r"[_.-]?seed[_=-]?\d+")  # as part of a path
@@ -26,6 +30,8 @@ class Run:
     drop: dict[str, Any]  # keys of merge.py drop; empty: the model is as it was trained
     model: str  # the base model that everything began with
     rule: str  # of train.py; base: of a base model; drop: of what merge.py drop made; empty: not known
+    # of losses: by how much the loss has risen against the base model, where that was scored on the same texts
+    rises: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def keep_ratio(self) -> float | None:
@@ -34,6 +40,10 @@ class Run:
     @property
     def seed(self) -> int | None:
         return self.config.get("seed", self.drop.get("seed"))
+
+    def result(self, job: str, metric: str) -> dict[str, Any] | None:
+        """Score and standard error, of a loss its rise where that is known; None where there is no such score."""
+        return self.rises.get(job) or self.scores.get(job, {}).get("metrics", {}).get(metric)
 
     def settings(self) -> dict[str, Any]:
         """All that tells this run from others but for the seed, and for what changes no result."""
@@ -57,13 +67,13 @@ class Group:
         return self.runs[0]
 
     def values(self, job: str, metric: str) -> dict[int | None, float]:
-        """{seed: score in [0, 1]} of the runs that have it."""
-        found = {run.seed: run.scores[job]["metrics"].get(metric) for run in self.runs if job in run.scores}
+        """{seed: score in [0, 1], or in nats} of the runs that have it."""
+        found = {run.seed: run.result(job, metric) for run in self.runs}
         return {seed: value["score"] for seed, value in found.items() if value}
 
     def standard_error(self, job: str, metric: str) -> float:
         """Over the items, of the first run that has the score; 0 where scores.json has none."""
-        return next(r.scores[job]["metrics"][metric]["standard_error"] or 0.0 for r in self.runs if job in r.scores)
+        return next(r.result(job, metric)["standard_error"] or 0.0 for r in self.runs if job in r.scores)
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -80,7 +90,25 @@ def read_runs(folders: list[Path]) -> list[Run]:
         scored = {_resolved(entry.get("model", "")) for entry in run.scores.values()}
         if run.training != run.folder.parent and not run.drop and scored & started_from:
             run.rule, run.training, run.config = "base", None, {}
+    for base in reversed([run for run in runs if run.rule == "base"]):  # of several of one model, the first counts
+        for run in runs:
+            if run.model == base.model:
+                run.rises |= {job: rise for job in base.scores if (rise := _rise(base, run, job))}
     return runs
+
+
+def _rise(base: Run, run: Run, job: str) -> dict[str, float] | None:
+    """The mean rise of a loss, and its standard error, on the base model's very texts; None where that is unknown."""
+    if base.scores[job].get("unit") != "nats" or job not in run.scores:
+        return None
+    task = TASKS[job.split(".")[0]]
+    before, after = (read_lines(r.folder / f"{job}.jsonl") for r in (base, run))
+    tokens = [[line[task.weight] for line in lines] for lines in (before, after)]
+    if [line["item"] for line in before] != [line["item"] for line in after] or tokens[0] != tokens[1]:
+        return None
+    metric = task.metrics[0]
+    rises = np.subtract(*([line[metric] for line in lines] for lines in (after, before))).tolist()
+    return mean_of(rises, [""] * len(rises), False, tokens[0])
 
 
 def group_runs(runs: list[Run]) -> list[Group]:

@@ -1,14 +1,15 @@
 """From run folders to tables and figures: scores with paired tests, means over seeds, curves, published scores.
 
     python scripts/report.py outputs/math_sft/eval outputs/math_gmt/eval [--out report.md] [--csv scores.csv]
-    python scripts/report.py outputs/*/eval --figures outputs/figures [--new gsm8k --retained mmlu bbh]
+    python scripts/report.py outputs/*/eval --figures outputs/figures [--new gsm8k --retained mmlu text_loss]
     python scripts/report.py --sweep outputs/sweep/*/eval --out report.md
     python scripts/report.py results                    # of scripts/study.sh: README.md, scores.csv and figures, there
 
 Each folder is an output_dir of eval.py (or of train.py, for figures alone). Where two runs have answered the same
 items, their difference is tested on these pairs: verdicts of 0 and 1 by McNemar's exact test, others (and means over
 groups) by a paired bootstrap. Runs that differ in the seed alone (run.json tells) are averaged in a second table.
-Runs that differ in more than the model are named, since a score belongs to its protocol.
+Runs that differ in more than the model are named, since a score belongs to its protocol. A loss, in nats per token, is
+shown as its rise against the base model, if that is among the runs.
 
 --figures DIR draws, as PNG and PDF, the loss curves of the runs; with --new and --retained, what was learnt against
 what was kept; with --sweep, the scores against keep_ratio. Of a run that has logged its masks (log_masks_every)
@@ -64,6 +65,16 @@ def bootstrap(a: np.ndarray, b: np.ndarray, groups: list[str], seed: int = 0) ->
     return float(low), float(high)
 
 
+def weighted_bootstrap(a: np.ndarray, b: np.ndarray, weights: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the weighted mean of b - a over items (n,), each drawn with its weight."""
+    rng, n, means = np.random.default_rng(seed), len(weights), []
+    while len(means) < RESAMPLES:
+        drawn = rng.integers(n, size=(max(1, 10**6 // n), n))  # as many resamples as there is room for
+        means += (((b - a) * weights)[drawn].sum(1) / weights[drawn].sum(1)).tolist()
+    low, high = np.percentile(means[:RESAMPLES], [2.5, 97.5])
+    return float(low), float(high)
+
+
 def compare(first: Path, second: Path, name: str, metric: str) -> str:
     """The difference second - first of two runs on the items of a job, and whether it may be chance."""
     task = TASKS[name.split(".")[0]]
@@ -75,7 +86,8 @@ def compare(first: Path, second: Path, name: str, metric: str) -> str:
         weights, others = (np.array([float(line[task.weight]) for line in run]) for run in lines)
         if not np.array_equal(weights, others):
             return "other tokens"
-        a, b = (values * weights / weights.mean() for values in (a, b))  # whose mean is the weighted one
+        low, high = (shown(value, task.unit, "+") for value in weighted_bootstrap(a, b, weights))
+        return f"{shown(float(np.average(b - a, weights=weights)), task.unit, '+')} [{low}, {high}]"
     if not task.macro and set(np.unique([a, b])) <= {0.0, 1.0}:
         return f"{100 * (b - a).mean():+.2f}, p = {mcnemar(a, b):.2g}"
     groups = [task.group(line["item"]) for line in lines[0]] if task.macro else [""] * len(a)
@@ -100,9 +112,9 @@ def unit_of(job: str, runs: list[Run]) -> str:
     return next(run.scores[job].get("unit", "share") for run in runs if job in run.scores)
 
 
-def cell(value: dict[str, Any], unit: str) -> str:
+def cell(value: dict[str, Any], unit: str, sign: str = "") -> str:
     error = value["standard_error"]
-    return shown(value["score"], unit) + ("" if error is None else f" ± {shown(error, unit)}")
+    return shown(value["score"], unit, sign) + ("" if error is None else f" ± {shown(error, unit)}")
 
 
 def report(runs: list[Run]) -> str:
@@ -113,8 +125,11 @@ def report(runs: list[Run]) -> str:
     for run in runs:
         cells = []
         for job, metric in keys:
-            value = run.scores.get(job, {}).get("metrics", {}).get(metric)
-            cells.append(cell(value, unit_of(job, runs)) if value else "")
+            value = run.result(job, metric)
+            if run.rule == "base":  # its own loss: it has not risen
+                value = run.scores.get(job, {}).get("metrics", {}).get(metric)
+            sign = "+" if job in run.rises and run.rule != "base" else ""
+            cells.append(cell(value, unit_of(job, runs), sign) if value else "")
             if value and run is not runs[0] and job in runs[0].scores:
                 cells[-1] += f" ({compare(runs[0].folder, run.folder, job, metric)})"
         rows.append([run.name, *facts(run), "" if run.seed is None else run.seed, *cells])
@@ -157,7 +172,12 @@ def notes(runs: list[Run]) -> list[str]:
         known = scored[0].scores[job]
         lines.append(f"- {job}: {known['n']} items, {known.get('dataset_version') or known.get('dataset', '')}")
         if unit_of(job, runs) == "nats":
-            lines[-1] += "; nats per token, not per cent: less is better"
+            lines[-1] += "; nats per token, not per cent: lower is better"
+            if any(job in run.rises for run in scored):
+                lines[-1] += "; shown is the rise against the base model, whose row has its own loss"
+            for run in scored:
+                if run.rule != "base" and job not in run.rises and any(job in other.rises for other in scored):
+                    lines.append(f"- {job}: of {run.name} it is the loss itself: the base model's texts were others")
         for run in scored:
             entry = run.scores[job]
             if differ := [k for k in SETTINGS if entry.get(k) != known.get(k)]:
@@ -178,7 +198,10 @@ def over_seeds(groups: list[Group], keys: list[tuple[str, str]]) -> str:
         for job, metric in keys:
             values = group.values(job, metric)
             unit = unit_of(job, [run for group in groups for run in group.runs])
-            text = plus_minus(list(values.values()), unit) if values else ""
+            risen = all(job in run.rises for run in group.runs)
+            if group.first.rule == "base" and risen:  # its own loss: it has not risen
+                values, risen = {None: group.first.scores[job]["metrics"][metric]["score"]}, False
+            text = plus_minus(list(values.values()), unit, "+" * risen) if values else ""
             others = several[0].values(job, metric)
             if group is not several[0] and len(common := sorted(set(values) & set(others) - {None})) > 1:
                 mean, half = interval([values[seed] - others[seed] for seed in common])
@@ -193,13 +216,13 @@ def over_seeds(groups: list[Group], keys: list[tuple[str, str]]) -> str:
     )
 
 
-def plus_minus(values: list[float], unit: str) -> str:
+def plus_minus(values: list[float], unit: str, sign: str = "") -> str:
     mean, half = interval(values)
-    return shown(mean, unit) + ("" if math.isnan(half) else f" ± {shown(half, unit)}")
+    return shown(mean, unit, sign) + ("" if math.isnan(half) else f" ± {shown(half, unit)}")
 
 
 def write_csv(runs: list[Run], path: Path) -> None:
-    """A row per run, task and metric; scores in [0, 1]."""
+    """A row per run, task and metric; scores in [0, 1], losses in nats, and their rise against the base model."""
     rows = []
     for run in runs:
         of_run = {
@@ -210,6 +233,7 @@ def write_csv(runs: list[Run], path: Path) -> None:
             task, _, protocol = job.partition(".")
             for metric, value in entry["metrics"].items():
                 numbers = {"score": value["score"], "standard_error": value["standard_error"], "n": entry["n"]}
+                numbers |= {"unit": entry.get("unit", "share"), "rise": run.rises.get(job, {}).get("score")}
                 rows.append({**of_run, "task": task, "protocol": protocol, "metric": metric, **numbers})
     with open(path, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])
@@ -241,7 +265,9 @@ def main(argv: list[str] | None = None) -> None:
         "--csv", type=Path, metavar="FILE", help="write all scores there, a row per run, task and metric"
     )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw figures there; empty: beside --out")
-    parser.add_argument("--new", default="", metavar="TASK", help="the task that was learnt, for forgetting.png")
+    parser.add_argument(
+        "--new", default="", metavar="TASK", help="the task that was learnt, for forgetting.png; of a group, the first"
+    )
     parser.add_argument(
         "--retained", nargs="+", default=[], metavar="TASK", help="tasks to be kept, for forgetting.png"
     )

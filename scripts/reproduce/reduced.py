@@ -64,6 +64,11 @@ SHAPES = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
         "tie_word_embeddings": True,
     }),
+    "meta-llama/Llama-3.2-3B": (LlamaConfig, {
+        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    }),
 }  # fmt: skip
 SHAPES["Qwen/Qwen2.5-Coder-0.5B"] = SHAPES["Qwen/Qwen2.5-0.5B-Instruct"] = SHAPES["Qwen/Qwen2.5-0.5B"]
 SHAPES["allenai/tulu-2-7b"] = SHAPES["meta-llama/Llama-2-7b-hf"]

@@ -10,6 +10,9 @@
 #   HUB_DIR                 what scripts/download.py has fetched: its models and datasets (of benchmarks it prints what to set);
 #                           empty: the Hub
 #   TASKS, EVAL_ARGS        what is scored; more words for eval.py, e.g. EVAL_ARGS="--limit 100"
+#   RETAINED                what should be kept, scored too, and drawn against the first of TASKS: "mmlu text_loss" in math and
+#                           code, and empty (RETAINED=) nothing. text_loss=FILE takes texts of your own; else they are
+#                           HUB_DIR/text_loss.jsonl of scripts/download.py, Wikipedia of the Hub, or TyDiQA's of DATA_DIR
 #   DPO_ARGS                more words for DPO's trainings (reproduce_general.sh)
 #   REDUCED=1               the whole of it on a CPU in minutes, offline: small random models of the same architectures, a
 #                           few rows and items, two steps; its scores mean nothing
@@ -28,7 +31,7 @@ refuse() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
 
 OUT=${OUT:-outputs/$RESULTS}
 RULES=${RULES:-none rmt hft gmt drop} SEEDS=${SEEDS:-0} KEEP_RATIO=${KEEP_RATIO:-0.2}
-DATA_DIR=${DATA_DIR:-} HUB_DIR=${HUB_DIR:-} REDUCED=${REDUCED:-}
+DATA_DIR=${DATA_DIR:-} HUB_DIR=${HUB_DIR:-} REDUCED=${REDUCED:-} RETAINED=${RETAINED-}
 read -ra eval_args <<<"${EVAL_ARGS:-}"
 read -ra dpo_args <<<"${DPO_ARGS:-}"
 train_args=()
@@ -43,6 +46,9 @@ for rule in $RULES; do
 done
 for seed in $SEEDS; do [[ $seed =~ ^[0-9]+$ ]] || refuse "SEEDS: expected whole numbers, got '$seed'"; done
 [[ $KEEP_RATIO =~ ^[0-9.eE-]+$ ]] || refuse "KEEP_RATIO: expected a number in (0, 1], got '$KEEP_RATIO'"
+for word in $RETAINED; do
+    [[ " $TASKS " != *" ${word%%=*} "* ]] || refuse "RETAINED: ${word%%=*} is one of TASKS already: leave it out of one of them"
+done
 for name in DATA_DIR HUB_DIR; do
     [ -z "${!name}" ] || [ -d "${!name}" ] || refuse "$name=${!name}: no such folder"
 done
@@ -64,6 +70,10 @@ else
 fi
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || refuse "NPROC: expected a number of processes, got '$NPROC'"
 [ -f "$ACCELERATE_CONFIG" ] || refuse "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file"
+texts='' # of text_loss, where scripts/download.py has fetched them
+[ ! -f "$HUB_DIR/text_loss.jsonl" ] || texts=$HUB_DIR/text_loss.jsonl
+drawn=() # words for scripts/report.py: what was learnt against what was retained
+[ -z "$RETAINED" ] || drawn=(--new "${TASKS%% *}" --retained $RETAINED)
 launch=(accelerate launch --config_file "$ACCELERATE_CONFIG" --num_processes "$NPROC")
 # The launcher of several processes would answer Ctrl-C itself, and give the training too little time to save.
 [ "$NPROC" = 1 ] || launch=(setsid "${launch[@]}")
@@ -87,22 +97,28 @@ train_and_tidy() { # train_and_tidy RUN ARGS...: of a finished run its checkpoin
     rm -rf "$1/checkpoints"
 }
 
-evaluate() { # evaluate MODEL FOLDER FORMAT: the scores in FOLDER/eval, of prompts in a format (empty: each task's own)
+evaluate() { # evaluate MODEL FOLDER FORMAT TASKS: scores in FOLDER/eval, of prompts in a format (empty: each task's own)
     local words=() task hub=()
     [ -z "$3" ] || words=(--prompt_format "$3")
     local name=${2#"$OUT"/}/eval${3:+_$3}
     words+=(${eval_args[@]+"${eval_args[@]}"})
     if [ -n "$DATA_DIR" ]; then
-        score "$name" "$1" "$2/eval" --tasks $TASKS --data_dir "$DATA_DIR" "${words[@]}"
+        score "$name" "$1" "$2/eval" --tasks $4 --data_dir "$DATA_DIR" "${words[@]}"
         return
     fi
-    for task in $TASKS; do [ "$task" = bbh ] || hub+=("$task"); done
-    if [[ " $TASKS " = *" bbh "* ]]; then score "${name}_bbh" "$1" "$2/eval" --tasks bbh --data_dir "$OUT/bbh" "${words[@]}"; fi
+    for task in $4; do
+        case $task in
+            bbh) ;;
+            text_loss) hub+=("$task${texts:+=$texts}") ;;
+            *) hub+=("$task") ;;
+        esac
+    done
+    if [[ " $4 " = *" bbh "* ]]; then score "${name}_bbh" "$1" "$2/eval" --tasks bbh --data_dir "$OUT/bbh" "${words[@]}"; fi
     if [ ${#hub[@]} != 0 ]; then score "$name" "$1" "$2/eval" --tasks "${hub[@]}" ${words[@]+"${words[@]}"}; fi
 }
 
 fetch_bbh() { # the Hub has BBH's questions, and not its prompts
-    [[ -z $DATA_DIR && " $TASKS " = *" bbh "* ]] || return 0
+    [[ -z $DATA_DIR && " $TASKS $RETAINED " = *" bbh "* ]] || return 0
     [ ! -f "$OUT/bbh/bbh/cot-prompts/word_sorting.txt" ] || return 0
     rm -rf "$OUT/bbh"
     git clone -q --depth 1 https://github.com/suzgunmirac/BIG-Bench-Hard "$OUT/bbh/bbh" ||
@@ -156,21 +172,21 @@ one_model() { # one_model MODEL ARGS...: all that is run of a base model, and it
     local model=$1 config=configs/${FAMILY}_$1.yaml base rule seed run tuned folders=() words
     shift
     base=$(here models "$(setting "$config" model)")
-    evaluate "$base" "$OUT/$model/base" ""
-    [ -z "$PROMPTS" ] || evaluate "$base" "$OUT/$model/base" "$PROMPTS"
+    evaluate "$base" "$OUT/$model/base" "" "$TASKS $RETAINED"
+    [ -z "$PROMPTS" ] || evaluate "$base" "$OUT/$model/base" "$PROMPTS" "$TASKS"
     for seed in $SEEDS; do
         for rule in "${rules[@]}"; do
             run=$OUT/$model/${rule}_seed$seed
             words_of "$config" "$rule" "$seed"
             train_and_tidy "$run" "${words[@]}" --model "$base" "$@"
-            evaluate "$run/final" "$run" "$PROMPTS"
+            evaluate "$run/final" "$run" "$PROMPTS" "$TASKS $RETAINED"
             folders+=("$run/eval")
         done
         if [[ " $RULES " = *" drop "* ]]; then
             run=$OUT/$model/drop_seed$seed
             words_of_drop "$model" "$base" "$seed"
             stage "$model/drop_seed$seed/drop" "$run/final/drop.json" "${words[@]}"
-            evaluate "$run/final" "$run" "$PROMPTS"
+            evaluate "$run/final" "$run" "$PROMPTS" "$TASKS $RETAINED"
             folders+=("$run/eval")
         fi
         [ -n "$WITH_DPO" ] || continue
@@ -178,12 +194,12 @@ one_model() { # one_model MODEL ARGS...: all that is run of a base model, and it
             run=$OUT/$model/${rule}_dpo_seed$seed tuned=$OUT/$model/${rule}_seed$seed/final
             words_of "configs/dpo_$model.yaml" "$rule" "$seed"
             train_and_tidy "$run" "${words[@]}" --model "$tuned" ${dpo_args[@]+"${dpo_args[@]}"}
-            evaluate "$run/final" "$run" "$PROMPTS"
+            evaluate "$run/final" "$run" "$PROMPTS" "$TASKS $RETAINED"
             folders+=("$run/eval")
         done
     done
     stage "$model/report" "" scripts/report.py "${folders[@]}" "$OUT/$model/base/eval" \
-        --out "$OUT/$model/report.md" --csv "$OUT/$model/report.csv" --figures "$OUT/$model"
+        --out "$OUT/$model/report.md" --csv "$OUT/$model/report.csv" --figures "$OUT/$model" ${drawn[@]+"${drawn[@]}"}
 }
 
 prepare() { # what is needed before the first plan
