@@ -142,14 +142,19 @@ def logged(path: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def answer_losses(
-    model: Path, files: dict[str, tuple[Path, str]], max_length: int, micro_batch_tokens: int = 1 << 16
+    model: Path,
+    files: dict[str, tuple[Path, str]],
+    max_length: int,
+    micro_batch_tokens: int = 1 << 16,
+    bf16: bool = False,
 ) -> dict[str, float]:
     """Mean cross-entropy, in nats per trained token, of the right answers in some files.
 
     Args:
-        model: a model folder; computed in fp32.
+        model: a model folder, loaded in fp32.
         files: {name: (rows of a template's columns, the template's word)}.
         max_length: tokens of an example at most.
+        bf16: compute under bf16 autocast, as in training.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = load_weights(str(model), dtype=torch.float32).eval()
@@ -161,6 +166,7 @@ def answer_losses(
         examples = tokenise(rows, tokenizer, template, max_length, processes=1)
         ids, total = torch.arange(len(examples)).numpy(), 0.0
         for batch in micro_batches(ids, examples.lengths, 1, micro_batch_tokens)[0]:
-            total += network(**collate(examples, batch)).double().sum().item()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                total += network(**collate(examples, batch)).double().sum().item()
         found[name] = total / int(examples.trained.sum())
     return found

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import train
 from common import run_folder
-from scripts import drop
+from scripts import merge
 from scripts.quickstart.data import OLD_SKILLS, save_random_model, write
 from scripts.study import data as study_data
 from scripts.study.driver import Lines, Run, answer_losses, logged
@@ -123,8 +123,8 @@ def make(run: Run, scale: Scale, folder: Path) -> list[dict]:
         if run.rule in ("none", "drop"):
             dropped = replace(run, rule="drop", keep_ratio=KEEP_RATIO)
             tuned[dropped] = here / "dropped" / "final"
-            drop.main([
-                "--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(tuned[dropped]),
+            merge.main([
+                "drop", "--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(tuned[dropped]),
                 "--keep_ratio", str(KEEP_RATIO),
             ])  # fmt: skip
         lines = []

@@ -7,8 +7,8 @@ losses on fixed texts differ little between seeds. Learnt is what the loss on th
 Retained is what the loss on Wikipedia passages says (retained); the loss on the other task's solutions (other) stands
 beside it. A line of runs.jsonl per scored model, in this order:
 
-    rates       every rule at four learning rates, a factor of 2 apart, the middle ones first; SFT, which all are
-                measured against, at those between, too
+    rates       SFT, which all are measured against, at four learning rates, a factor of 2 apart, then every other rule,
+                the middle rates first
     keep_ratio  gmt at the two middle rates, with other keep_ratios
     seeds       every rule at its chosen rate, other samples of the data in another order
     clip        rmt and gmt at their chosen rates, clipped by the norm that masking leaves
@@ -47,7 +47,7 @@ import eval as evaluation
 import train
 from common import run_folder
 from common.config import UserError
-from scripts import drop
+from scripts import merge
 from scripts.quickstart.data import write
 from scripts.quickstart.gsm8k_to_metamath import to_metamath
 from scripts.report.mask_figure import kept_by_place
@@ -84,12 +84,12 @@ class Size:
 
     rules: dict[str, tuple[str, ...]]  # of each new task
     rates: tuple[float, ...]
-    between: tuple[float, ...]  # further rates of SFT
+    between: tuple[float, ...]  # further rates of SFT, on the first task
     keep_ratios: tuple[float, ...]  # and KEEP_RATIO; on the first task
     seeds: int
     steps: int
     batch: int
-    golds: int  # test solutions of each task
+    golds: dict[str, int]  # test solutions of each task
     passages: int
     mmlu: int  # questions, for the base model
 
@@ -100,11 +100,11 @@ BETWEEN = (1.4e-4, 2.8e-4, 5.6e-4)
 SIZES = {
     "smollm2": Size(
         {"gsm8k": ALL, "mbpp": ("none", "gmt", "rmt", "gmt_frozen", "drop")},
-        RATES, BETWEEN, (0.01, 0.05, 0.1, 0.4, 0.7), seeds=5, steps=24, batch=16, golds=200, passages=200, mmlu=200,
+        RATES, BETWEEN, (0.01, 0.05, 0.1, 0.4, 0.7), seeds=5, steps=20, batch=16, golds={"gsm8k": 200, "mbpp": 100}, passages=200, mmlu=200,
     ),
     "smollm2_tiny": Size(
         {"gsm8k": ("none", "gmt", "lora", "drop"), "mbpp": ("none",)},
-        (1e-3, 2e-3), (), (0.5,), seeds=2, steps=2, batch=2, golds=3, passages=2, mmlu=2,
+        (1e-3, 2e-3), (), (0.5,), seeds=2, steps=2, batch=2, golds={"gsm8k": 3, "mbpp": 3}, passages=2, mmlu=2,
     ),
 }  # fmt: skip
 
@@ -129,15 +129,17 @@ def middle_first(rates: tuple[float, ...]) -> list[float]:
 
 
 def rates_and_keep_ratios(size: Size) -> list[Run]:
-    """Task by task, rate by rate, rule by rule: whenever it is cut, all rules are there at the rates that are."""
+    """SFT, then rate by rate, rule by rule: whenever it is cut, all rules are there at the rates that are."""
     runs, first = [], next(iter(size.rules))
     for task, rules in size.rules.items():
+        runs += [run_of("rates", task, "none", rate, TUNING_SEED) for rate in reversed(size.rates)]
         for i, rate in enumerate(middle_first(size.rates)):
-            trained = [rule for rule in rules if rule != "drop"]
-            runs += [run_of("rates", task, rule, rate_of(rule, rate), TUNING_SEED) for rule in trained]
+            others = [rule for rule in rules if rule not in ("none", "drop")]
+            runs += [run_of("rates", task, rule, rate_of(rule, rate), TUNING_SEED) for rule in others]
             if task == first and i < 2:
                 runs += [run_of("keep_ratio", task, "gmt", rate, TUNING_SEED, keep) for keep in size.keep_ratios]
-        runs += [run_of("rates", task, "none", rate, TUNING_SEED) for rate in size.between]
+        if task == first:
+            runs += [run_of("rates", task, "none", rate, TUNING_SEED) for rate in size.between]
     return runs
 
 
@@ -249,8 +251,8 @@ def data_rows(size: Size, folder: str) -> dict[str, list[dict]]:
     return {
         "train_gsm8k": gsm8k["train"],
         "train_mbpp": [code_row(row) for row in mbpp if 601 <= row["task_id"] <= 974],  # its split train
-        "gold_gsm8k": evenly(gsm8k["test"], size.golds),
-        "gold_mbpp": evenly([code_row(row) for row in mbpp if 11 <= row["task_id"] <= 510], size.golds),  # test
+        "gold_gsm8k": evenly(gsm8k["test"], size.golds["gsm8k"]),
+        "gold_mbpp": evenly([code_row(row) for row in mbpp if 11 <= row["task_id"] <= 510], size.golds["mbpp"]),  # test
         "wikipedia": [{"text": text} for text in evenly(list(dict.fromkeys(passages)), size.passages)],
         "mmlu": evenly(questions, size.mmlu),
     }
@@ -294,7 +296,7 @@ def make(run: Run, size: Size, folder: Path) -> Lines:
         if run.rule == "none" and "drop" in size.rules[run.task]:
             dropped = here / "dropped" / "final"
             words = ["--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(dropped)]
-            drop.main([*words, "--keep_ratio", str(KEEP_RATIO)])
+            merge.main(["drop", *words, "--keep_ratio", str(KEEP_RATIO)])
             of_drop = asdict(replace(run, rule="drop", keep_ratio=KEEP_RATIO))
             lines.append({**of_drop, **scored(folder, dropped, run.task)})
     shutil.rmtree(here)
@@ -339,9 +341,11 @@ def scored(folder: Path, model: Path, task: str) -> dict[str, Any]:
 
 
 def losses(folder: Path, model: Path) -> dict[str, float]:
-    """Nats per token on both tasks' test solutions and on the passages, in fp32."""
+    """Nats per token on both tasks' test solutions, computed as in training, and on the passages, in fp32."""
     data, out = folder / "data", model.parent / "eval"
-    found = answer_losses(model, {t: (data / f"gold_{t}.jsonl", word) for t, word in TEMPLATES.items()}, 512, 4096)
+    found = answer_losses(
+        model, {t: (data / f"gold_{t}.jsonl", word) for t, word in TEMPLATES.items()}, 512, 4096, True
+    )
     words = ["--model", str(model), "--output_dir", str(out), "--dtype", "float32", "--batch_size", "8"]
     scores = evaluation.main([*words, "--tasks", f"text_loss={data / 'wikipedia.jsonl'}", "--overwrite"])
     found["wikipedia"] = score_of(scores)
