@@ -100,7 +100,8 @@ BETWEEN = (1.4e-4, 2.8e-4, 5.6e-4)
 SIZES = {
     "smollm2": Size(
         {"gsm8k": ALL, "mbpp": ("none", "gmt", "rmt", "gmt_frozen", "drop")},
-        RATES, BETWEEN, (0.01, 0.05, 0.1, 0.4, 0.7), seeds=5, steps=20, batch=16, golds={"gsm8k": 200, "mbpp": 100}, passages=200, mmlu=200,
+        RATES, BETWEEN, (0.01, 0.05, 0.1, 0.4, 0.7), seeds=5, steps=20, batch=16,
+        golds={"gsm8k": 200, "mbpp": 100}, passages=200, mmlu=200,
     ),
     "smollm2_tiny": Size(
         {"gsm8k": ("none", "gmt", "lora", "drop"), "mbpp": ("none",)},
