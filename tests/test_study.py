@@ -205,8 +205,8 @@ def test_the_contrary_is_said(results):
     lines = driver.read_lines(results / "runs.jsonl")
     for x in lines:
         x["retained"] -= 0.3 * (x["rule"] == "gmt")
-    (results / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert "| gmt retains more than none (SFT) | **the contrary holds**: -" in study_report.write_report(results, {})
+    text = study_report.answers(lines, list(study_data.TASKS), {})
+    assert "| gmt retains more than none (SFT) | **the contrary holds**: -" in text
 
 
 def test_a_line_that_was_cut_is_taken_away(results):
@@ -364,6 +364,35 @@ def test_the_real_report_finds_what_is_there_and_nothing_else(real_lines):
     assert claims["gmt, frozen retains more than none (SFT)"]["gsm8k"].startswith("**the contrary holds**")
 
 
+def test_the_claims_of_both_studies_stand_side_by_side(results, real_lines, tmp_path):
+    lines, tasks = driver.read_lines(results / "runs.jsonl"), list(study_data.TASKS)
+    assert smollm2_report.verdicts(tmp_path / "smollm2") == {}
+    assert "GSM8K" not in study_report.answers(lines, tasks, {})
+    real = tmp_path / "smollm2"
+    real.mkdir()
+    (real / "study.json").write_text("{}")
+
+    def row(claim):
+        text = study_report.answers(lines, tasks, smollm2_report.verdicts(real))
+        assert "| claim | remainder | code | GSM8K | MBPP |" in text and "not compared" not in text
+        (found,) = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {claim} |")]
+        return found[1:]
+
+    assert row("gmt learns more of the new skill than rmt")[2:] == ["not run yet", "not run yet"]
+    (real / "bases.json").write_text(json.dumps({"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}))
+    (real / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines))
+    remainder, code, gsm8k, mbpp = row("gmt, frozen retains more than none (SFT)")
+    assert "points" in remainder and "points" in code and gsm8k.startswith("**holds**: -0.0") and "nats" in mbpp
+
+
+def test_what_small_models_retain_at_the_same_new_skill():
+    first, other = {1: 0.5, 2: 0.6, 3: 0.7, 4: 0.1}, {1: 0.3, 2: 0.41, 3: 0.49}
+    assert study_report.at_equal_skill(first, other).startswith("**holds**: +20.0")
+    assert study_report.at_equal_skill(other, first).startswith("**the contrary holds**: -20.0")
+    assert study_report.at_equal_skill(first, {1: 0.3, 2: 0.9}).startswith("cannot be told")
+    assert study_report.at_equal_skill(first, {1: 0.3}) == "not measured"
+
+
 def test_a_difference_below_the_margin_is_none(real_lines):
     for x in real_lines:
         x["retained"] += 0.016 * (x["rule"] == "gmt_frozen" and x["task"] == "gsm8k")  # 0.004 remain, with p < 0.05
@@ -378,6 +407,7 @@ def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path
     about = {"scale": {**asdict(SIZE), "files": {}}, "git_commit": "0", "versions": {"torch": "2"}}
     about["hardware"] = {"cpu_count": 2, "gpu": None}
     (tmp_path / "study.json").write_text(json.dumps(about))
+    assert "Before training: not run yet." in smollm2_report.write_report(tmp_path)  # as in the first minutes
     (tmp_path / "bases.json").write_text(json.dumps({"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}))
     for count, said in ((0, "rates 0 of 55 runs; keep_ratio 0 of 10"), (15, "rates 12 of 55 runs; keep_ratio 3 of 10")):
         (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines[:count]))

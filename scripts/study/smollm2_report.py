@@ -42,17 +42,23 @@ NOT_YET = "not run yet"
 
 
 def verdicts(folder: Path) -> dict[str, dict[str, str]]:
-    """{claim: {task: verdict}} of the study in a folder, for a table beside another one's; empty without lines."""
-    lines = with_excess(read_lines(folder / RUNS))
-    found = claims(lines, run_folder.read_json(folder / "bases.json")) if lines else {}
+    """{claim: {task: verdict}} of the study in a folder, for a table beside another one's; empty where none is."""
+    if not (folder / ABOUT).exists():
+        return {}
+    found = claims(with_excess(read_lines(folder / RUNS)), base_scores(folder))
     return {claim: {TASKS[task]: text for task, text in by_task.items()} for claim, by_task in found.items()}
+
+
+def base_scores(folder: Path) -> dict[str, float]:
+    """What the model scores before training; empty where it has not been scored yet."""
+    return run_folder.read_json(folder / "bases.json") if (folder / "bases.json").exists() else {}
 
 
 def write_report(folder: Path) -> str:
     """Write README.md and figures into the folder that holds runs.jsonl; returns README.md's text."""
     about = run_folder.read_json(folder / ABOUT)
     size = Size(**{key: value for key, value in about["scale"].items() if key != "files"})
-    base = run_folder.read_json(folder / "bases.json")
+    base = base_scores(folder)
     lines = with_excess(read_lines(folder / RUNS))
     parts = [
         header(size, lines, about, base), claims_table(lines, base),
@@ -206,7 +212,10 @@ def header(size: Size, lines: Lines, about: dict, base: dict) -> str:
             total = sum(run.part == part for run in later)
             counts.append(f"{part} {total - sum(run.part == part for run in waiting)} of {total} runs")
     hours = sum(x.get("train_seconds", 0) + x["score_seconds"] for x in lines) / 3600
-    hardware = about["hardware"]
+    hardware, before = about["hardware"], NOT_YET
+    if base:
+        before = ", ".join(f"{TASKS.get(key, 'Wikipedia')} {base[key]:.4f}" for key in (*TASKS, "wikipedia"))
+        before += f"; MMLU {100 * base['mmlu']:.1f} % of {size.mmlu} questions, where guessing gives 25 %"
     return f"""# The paper's claims on a real model, SmolLM2-135M-Instruct
 
 Written by `python scripts/report.py` from [runs.jsonl](runs.jsonl), a line per scored model, made by
@@ -219,8 +228,7 @@ The model of 134.5 million parameters ([scripts/get_smollm2.py](../../scripts/ge
 {size.steps} steps of {size.batch} examples on GSM8K's training problems (MetaMath's prompt) or on MBPP's training split
 (Magicoder's), in bf16 with fp32 master weights, linear schedule, 10 % warm-up. All scores are losses in nats per token;
 less is better. Learnt: the loss on {size.golds["gsm8k"]} (GSM8K) or {size.golds["mbpp"]} (MBPP) test solutions.
-Retained: the loss on {size.passages} Wikipedia passages. Before training: GSM8K {base["gsm8k"]:.4f}, MBPP {base["mbpp"]:.4f},
-Wikipedia {base["wikipedia"]:.4f}; MMLU {100 * base["mmlu"]:.1f} % of {size.mmlu} questions, where guessing gives 25 %.
+Retained: the loss on {size.passages} Wikipedia passages. Before training: {before}.
 keep_ratio is {KEEP_RATIO} but where it is varied. What is compared, and what counts as a difference (at least
 {MARGIN} nats), was fixed before the seeds were run: [scripts/study/smollm2.py](../../scripts/study/smollm2.py).
 ± is the 95 % interval over seeds (Student's t): of the data's sample and order, not of base models or recipes.
