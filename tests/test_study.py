@@ -407,16 +407,15 @@ def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path
     about = {"scale": {**asdict(SIZE), "files": {}}, "git_commit": "0", "versions": {"torch": "2"}}
     about["hardware"] = {"cpu_count": 2, "gpu": None}
     (tmp_path / "study.json").write_text(json.dumps(about))
-    assert "Before training: not run yet." in smollm2_report.write_report(tmp_path)  # as in the first minutes
+    text = smollm2_report.write_report(tmp_path)  # as in the first minutes
+    assert "Before training: not run yet." in text and "rates 0 of 55 runs; keep_ratio 0 of 10" in text
+    assert "| gmt learns more of the new skill than none (SFT) | not run yet | not run yet |" in text
+    some = smollm2_report.header(SIZE, real_lines[:15], about, {})
+    assert "rates 12 of 55 runs; keep_ratio 3 of 10" in some and "seeds and clip wait for the part rates" in some
     (tmp_path / "bases.json").write_text(json.dumps({"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}))
-    for count, said in ((0, "rates 0 of 55 runs; keep_ratio 0 of 10"), (15, "rates 12 of 55 runs; keep_ratio 3 of 10")):
-        (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines[:count]))
-        text = smollm2_report.write_report(tmp_path)
-        assert said in text and "seeds and clip wait for the part rates" in text
-        assert "| gmt learns more of the new skill than none (SFT) | not run yet | not run yet |" in text
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines))
     text = smollm2_report.write_report(tmp_path)
-    assert "seeds 65 of 65 runs; clip 2 of 2 runs" in text and "not run yet" in text  # keep_ratio on MBPP
+    assert "seeds 65 of 65 runs; clip 2 of 2 runs" in text and "GSM8K 1.3000, MBPP 1.4000, Wikipedia 2.8000" in text
     for name in ("frontier", "keep_ratio", "mask_steps", "mask_places"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
