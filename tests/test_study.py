@@ -340,27 +340,29 @@ def test_excess_is_measured_from_sfts_frontier_up_to_its_best_rate():
     for new in (0.95, 0.9, 0.85):
         assert curve(new) == pytest.approx(frontier(new))
     assert curve(0.92) == pytest.approx(frontier(0.92), abs=5e-4)
-    assert curve(0.96) is None and curve(0.84) is None
+    assert curve(0.96) == pytest.approx(frontier(0.95) - 0.01 * 0.06, abs=1e-4)  # on the line through the last two
+    assert curve(0.83) == pytest.approx(frontier(0.85) + 0.02 * (frontier(0.85) - frontier(0.9)) / 0.05, abs=1e-6)
+    assert curve(0.971) is None and curve(0.829) is None
     found = smollm2_report.with_excess([*lines, real_line("seeds", "gsm8k", "gmt", 2e-4, 0, 0.9, frontier(0.9) + 0.01)])
     assert found[-1]["excess"] == pytest.approx(0.01) and found[3]["excess"] > 0.9
 
 
 def test_the_real_report_finds_what_is_there_and_nothing_else(real_lines):
     base = {"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}
-    claims = smollm2_report.claims(smollm2_report.with_excess(real_lines), base)
+    claims = smollm2_report.claims(SIZE, smollm2_report.with_excess(real_lines), base)
     better = claims["gmt, frozen retains more at the same new skill than rmt"]
     assert better["gsm8k"].startswith("**holds**: -0.0") and better["mbpp"].startswith("cannot be told")
     assert claims["gmt, frozen retains more than none (SFT)"]["gsm8k"].startswith("**holds**")
     for claim, verdicts in claims.items():
         if claim.startswith("gmt ") and "keep_ratio" not in claim and "drop" not in claim:
             assert verdicts["gsm8k"].startswith("cannot be told"), claim
-            told = "not run yet" if "hft" in claim else "cannot be told"
+            told = "not compared" if "hft" in claim else "cannot be told"
             assert verdicts["mbpp"].startswith(told), claim
     sensitive = claims["gmt is insensitive to keep_ratio"]
     assert sensitive["gsm8k"].startswith("**does not hold**") and "at 0.05" in sensitive["gsm8k"]
-    assert sensitive["mbpp"] == "not run yet"
+    assert sensitive["mbpp"] == "not compared"
     contrary = [{**x, "retained": x["retained"] + 0.1 * (x["rule"] == "gmt_frozen")} for x in real_lines]
-    claims = smollm2_report.claims(smollm2_report.with_excess(contrary), base)
+    claims = smollm2_report.claims(SIZE, smollm2_report.with_excess(contrary), base)
     assert claims["gmt, frozen retains more than none (SFT)"]["gsm8k"].startswith("**the contrary holds**")
 
 
@@ -370,11 +372,11 @@ def test_the_claims_of_both_studies_stand_side_by_side(results, real_lines, tmp_
     assert "GSM8K" not in study_report.answers(lines, tasks, {})
     real = tmp_path / "smollm2"
     real.mkdir()
-    (real / "study.json").write_text("{}")
+    (real / "study.json").write_text(json.dumps({"scale": {**asdict(SIZE), "files": {}}}))
 
     def row(claim):
         text = study_report.answers(lines, tasks, smollm2_report.verdicts(real))
-        assert "| claim | remainder | code | GSM8K | MBPP |" in text and "not compared" not in text
+        assert "| claim | remainder | code | GSM8K | MBPP |" in text
         (found,) = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {claim} |")]
         return found[1:]
 

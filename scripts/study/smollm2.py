@@ -19,7 +19,8 @@ Fixed before the part seeds was run:
   task vectors of SFT's models, has SFT's.
 - A rule that learns less and forgets less may just have taken smaller steps. So the first question is what is retained
   at an equal loss on the new task: a run's excess is its retained minus that of SFT's frontier at the same new, a
-  monotone cubic through SFT's rates up to its best one. Where SFT's rates do not reach a run's new, it has none.
+  monotone cubic through SFT's rates up to its best one, and REACH further on straight lines, since seeds differ. A run
+  whose new is beyond that has none.
 - gmt and gmt frozen are compared with SFT, rmt, hft and drop, every other rule with SFT, seed by seed, in new, retained
   and excess. A difference is one if it is at least MARGIN and the p-value of the paired t test, corrected by Holm over
   all pairs of a task and measure, is below 0.05. Seeds alone vary in it: base model, test items and recipe do not.
@@ -58,6 +59,7 @@ from tasks.source import Source
 ROOT = Path(__file__).parents[2]
 KEEP_RATIO = 0.2
 MARGIN = 0.005  # nats: smaller differences are not called one
+REACH = 0.02  # nats
 TUNING_SEED = 1000  # none of those of the part seeds
 TEMPLATES = {"gsm8k": "metamath", "mbpp": "magicoder"}
 RULES = {  # what the command line of train.py gets; drop masks the task vector of a model of rule none

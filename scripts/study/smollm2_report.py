@@ -20,6 +20,7 @@ from scripts.study.miniature_report import CONTRARY, HOLDS, UNTOLD
 from scripts.study.smollm2 import (
     KEEP_RATIO,
     MARGIN,
+    REACH,
     RULES,
     TUNING_SEED,
     Size,
@@ -38,15 +39,20 @@ STYLE = {
 }  # fmt: skip
 PAIRS = [(rule, other) for rule in ("gmt", "gmt_frozen") for other in ("none", "rmt", "hft", "drop")]
 PAIRS += [(rule, "none") for rule in ("rmt", "hft", "drop", "lora", "mofo", "shira", "sift")]
-NOT_YET = "not run yet"
+NOT_YET, NOT_COMPARED = "not run yet", "not compared"
 
 
 def verdicts(folder: Path) -> dict[str, dict[str, str]]:
     """{claim: {task: verdict}} of the study in a folder, for a table beside another one's; empty where none is."""
     if not (folder / ABOUT).exists():
         return {}
-    found = claims(with_excess(read_lines(folder / RUNS)), base_scores(folder))
+    size = size_of(run_folder.read_json(folder / ABOUT))
+    found = claims(size, with_excess(read_lines(folder / RUNS)), base_scores(folder))
     return {claim: {TASKS[task]: text for task, text in by_task.items()} for claim, by_task in found.items()}
+
+
+def size_of(about: dict) -> Size:
+    return Size(**{key: value for key, value in about["scale"].items() if key != "files"})
 
 
 def base_scores(folder: Path) -> dict[str, float]:
@@ -57,11 +63,11 @@ def base_scores(folder: Path) -> dict[str, float]:
 def write_report(folder: Path) -> str:
     """Write README.md and figures into the folder that holds runs.jsonl; returns README.md's text."""
     about = run_folder.read_json(folder / ABOUT)
-    size = Size(**{key: value for key, value in about["scale"].items() if key != "files"})
+    size = size_of(about)
     base = base_scores(folder)
     lines = with_excess(read_lines(folder / RUNS))
     parts = [
-        header(size, lines, about, base), claims_table(lines, base),
+        header(size, lines, about, base), claims_table(size, lines, base),
         "## Every rate\n", frontier_figure(lines, base, folder / "frontier"), rates_table(lines, base),
         "## Seeds\n", seeds_table(lines), comparison_table(lines),
         "## keep_ratio\n", keep_ratio_figure(lines, base, folder / "keep_ratio"), keep_ratio_table(lines, base),
@@ -91,7 +97,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def sft_frontier(lines: Lines, task: str) -> Callable[[float], float | None]:
-    """What SFT retains at a loss on the new task, between its rates up to the best; None where they do not reach."""
+    """What SFT retains at a loss on the new task, between its rates up to the best and REACH beyond; else None."""
     points: list[tuple[float, float]] = []
     for line in of(lines, part="rates", task=task, rule="none"):
         if points and line["new"] >= points[-1][0]:
@@ -99,8 +105,11 @@ def sft_frontier(lines: Lines, task: str) -> Callable[[float], float | None]:
         points.append((line["new"], line["retained"]))
     if len(points) < 2:
         return lambda new: None
-    x, y = map(np.array, zip(*reversed(points), strict=True))
-    curve = PchipInterpolator(x, y, extrapolate=False)
+    points.reverse()
+    ends = [(points[0], points[1], -REACH), (points[-1], points[-2], REACH)]
+    beyond = [(a[0] + by, a[1] + by * (b[1] - a[1]) / (b[0] - a[0])) for a, b, by in ends]
+    x, y = map(np.array, zip(beyond[0], *points, beyond[1], strict=True))
+    curve = PchipInterpolator(x, y)
     return lambda new: float(curve(new)) if x[0] <= new <= x[-1] else None
 
 
@@ -175,19 +184,22 @@ def insensitive(lines: Lines, task: str, base: dict) -> str:
     return f"{word}: largest difference from {KEEP_RATIO}: {worst[1]:+.4f} nats at {worst[2]:g}, rate {worst[3]:g}"
 
 
-def claims(lines: Lines, base: dict) -> dict[str, dict[str, str]]:
+def claims(size: Size, lines: Lines, base: dict) -> dict[str, dict[str, str]]:
     """{claim: {task: verdict}}; the claims are worded as miniature_report.py words them."""
     out: dict[str, dict[str, str]] = {}
     wordings = {"new": "learns more of the new skill than", "retained": "retains more than"}
     wordings["excess"] = "retains more at the same new skill than"
-    for task in TASKS:
+    for i, (task, rules) in enumerate(size.rules.items()):
         found = {(c["metric"], *c["pair"]): c for c in comparisons(lines, task)}
         for metric, wording in wordings.items():
             for first, other in PAIRS:
                 if first in ("gmt", "gmt_frozen"):
-                    claim = f"{NAMES[first]} {wording} {NAMES[other]}"
-                    out.setdefault(claim, {})[task] = verdict(found.get((metric, first, other)))
-        out.setdefault("gmt is insensitive to keep_ratio", {})[task] = insensitive(lines, task, base)
+                    text = verdict(found.get((metric, first, other))) if {first, other} <= {*rules} else NOT_COMPARED
+                    if text == NOT_YET and ("new", first, other) in found:
+                        text = "not compared: SFT does not reach these losses on the new task"
+                    out.setdefault(f"{NAMES[first]} {wording} {NAMES[other]}", {})[task] = text
+        text = insensitive(lines, task, base) if i == 0 else NOT_COMPARED
+        out.setdefault("gmt is insensitive to keep_ratio", {})[task] = text
     return out
 
 
@@ -235,8 +247,8 @@ keep_ratio is {KEEP_RATIO} but where it is varied. What is compared, and what co
 """
 
 
-def claims_table(lines: Lines, base: dict) -> str:
-    rows = [[claim, *(verdicts[task] for task in TASKS)] for claim, verdicts in claims(lines, base).items()]
+def claims_table(size: Size, lines: Lines, base: dict) -> str:
+    rows = [[claim, *(verdicts[task] for task in TASKS)] for claim, verdicts in claims(size, lines, base).items()]
     return (
         "## What became of the claims\n\n"
         + table(["claim", *TASKS.values()], rows)
@@ -267,7 +279,7 @@ def rates_table(lines: Lines, base: dict) -> str:
         return f"{NOT_YET}\n"
     return table(head, rows) + (
         "\nOne seed. Rise: against the model before training. Above SFT's frontier: retained, minus what SFT retains "
-        "at the same loss on the new task; -: its rates do not reach it. Distance: L2 norm of tuned minus base; "
+        "at the same loss on the new task; -: it does not reach it. Distance: L2 norm of tuned minus base; "
         "the last column: the share of its square in the largest 20 % of each matrix's entries.\n"
     )
 
@@ -397,7 +409,8 @@ def frontier_figure(lines: Lines, base: dict, path: Path) -> str:
             ax.scatter(x, y, color=colour, marker=marker, s=12, alpha=0.35, linewidths=0)
         ax.axhline(0, color="#999999", linewidth=0.8)
         ax.set(xlabel=f"{TASKS[task]}: loss on test solutions (nats)", ylabel="Wikipedia: rise of the loss (nats)")
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right center", handlelength=3)
     fig.suptitle("A line is a rule, a mark on it a learning rate (pale: seeds); left and down is better", fontsize=9)
     save(fig, path)
     return "![Rise of the loss on Wikipedia against the loss on the new task, by rule](frontier.png)\n"
