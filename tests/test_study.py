@@ -324,7 +324,7 @@ def test_a_study_of_other_settings_is_refused(tmp_path):
 
     driver.run_folder.write_json(tmp_path / "study.json", {"scale": {"steps": 32, "files": {"model": "abc"}}})
     with pytest.raises(UserError, match=r"study.json is of a study with another steps: move .* away"):
-        driver.run_study(Nothing(), tmp_path, tmp_path, 1)
+        driver.run_study(Nothing(), tmp_path, tmp_path, 1, "")
 
 
 def test_without_data_one_line_says_what_is_needed(tmp_path, monkeypatch):
@@ -448,6 +448,7 @@ def test_a_tiny_study_of_a_real_model_runs_whole_and_goes_on_from_its_lines(tmp_
         return driver.read_lines(results / "runs.jsonl")
 
     lines = run()
+    assert str(tmp_path) not in (results / "study.json").read_text()
     keys = [tuple(x[key] for key in driver.Run.__annotations__) for x in lines]
     trained = (3 * 2 + 2) + 2 + 2 * 4 + 1  # rates and keep_ratio of gsm8k; mbpp; seeds; clip
     assert len(set(keys)) == len(keys) == trained + 2 + 2  # drop beside none of gsm8k, at two rates and two seeds

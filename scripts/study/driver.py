@@ -67,8 +67,8 @@ class Study(Protocol):
         """Fine-tune and score; the run's line, and those of other runs that come with it."""
 
 
-def run_study(study: Study, folder: Path, results: Path, processes: int) -> None:
-    """Make all runs that have no line in results/runs.jsonl yet, `processes` at a time.
+def run_study(study: Study, folder: Path, results: Path, processes: int, command: str) -> None:
+    """Make all runs that have no line in results/runs.jsonl yet, `processes` at a time; study.json names the command.
 
     Raises:
         UserError: the lines that are there are of other settings; a run has failed (the others are made first).
@@ -79,7 +79,8 @@ def run_study(study: Study, folder: Path, results: Path, processes: int) -> None
     if about.exists() and (differing := differences(run_folder.read_json(about)["scale"], settings)):
         raise UserError(f"{about} is of a study with another {', '.join(differing)}: move {results} away")
     if not about.exists():
-        run_folder.write_json(about, {"scale": settings, "processes": processes, **run_folder.environment()})
+        environment = {**run_folder.environment(), "command": command}  # without this machine's folders
+        run_folder.write_json(about, {"scale": settings, "processes": processes, **environment})
     workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker, (study.threads,))
     with workers as pool:
         study.bases(folder, results, pool)

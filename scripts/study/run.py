@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=0, help="runs at the same time; 0: the study's own number")
     args = parser.parse_args(argv)
     study = STUDIES[args.study]
-    run_study(study, args.folder / args.study, args.results, args.processes or study.processes)
+    command = f"scripts/study/run.py --study {args.study}"
+    run_study(study, args.folder / args.study, args.results, args.processes or study.processes, command)
 
 
 if __name__ == "__main__":
