@@ -1,321 +1,38 @@
-"""The paper's claims in miniature: many short fine-tunings of small models, with seeds, tuned rates and intervals.
+"""Make the runs of a study that have no line in its results yet; scripts/study.sh calls this.
 
-    bash scripts/study.sh                          # an hour or more on 2 cores; results in results/
-
-Base models are trained from scratch on old skills, then fine-tuned on a new one, arithmetic or code (data.py), by
-each rule, with the same train.py and eval.py that train and score 7B models. Three parts, a line of runs.jsonl per run:
-
-    rates       every rule at five learning rates, scored on validation problems
-    seeds       every rule at the rate that part chose, 16 seeds (sample of the data, order, base), on test problems
-    keep_ratio  gmt at its chosen rate with other keep_ratios
-
-A rate is chosen, as in the quickstart, by the highest harmonic mean of new-skill and retained accuracy on validation
-problems, which asks for both; of equal ones the lowest. A call that was cut goes on: runs that have a line are not made
-again.
+python scripts/study/run.py --study small --results results
+GMT_DATA_DIR=FOLDER python scripts/study/run.py --study smollm2 --results results/smollm2
 """
 
 import argparse
-import contextlib
-import json
-import multiprocessing
 import os
-import shutil
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import harmonic_mean, mean
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch
-from tqdm import tqdm
-from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from common.config import run_main
+from scripts.study import miniature, smollm2
+from scripts.study.driver import run_study
 
-import eval as evaluation
-import train
-from common import run_folder
-from common.config import UserError, run_main
-from common.hub import load_weights
-from common.sources import load_all
-from common.templates import TEMPLATES, columns
-from scripts import merge
-from scripts.quickstart.data import OLD_SKILLS, save_random_model, write
-from scripts.study import data as study_data
-from training.data import collate, tokenise
-from training.losses import attach_loss
-
-RULES = {  # what the command line of train.py gets; drop masks the task vector of a model of rule none
-    "none": ["--rule", "none"],
-    "rmt": ["--rule", "rmt"],
-    "hft": ["--rule", "hft"],
-    "gmt": ["--rule", "gmt"],
-    "gmt_frozen": ["--rule", "gmt", "--masked_weights", "frozen"],
-    "drop": ["--rule", "none"],
+STUDIES = {
+    **{word: miniature.Miniature(scale) for word, scale in miniature.SCALES.items()},
+    **{word: smollm2.SmolLM2(size) for word, size in smollm2.SIZES.items()},
 }
-KEEPING = ("rmt", "gmt", "gmt_frozen", "drop")  # the rules with a keep_ratio
-KEEP_RATIO = 0.2
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large a study is."""
-
-    bases: int
-    base_steps: int
-    rows: int  # of the new skill
-    steps: int  # of a fine-tuning, batches of 32
-    rates: tuple[float, ...]
-    tuning_seeds: int
-    seeds: int
-    keep_ratios: tuple[float, ...]
-    sweep_seeds: int
-    problems: dict[str, int]  # per skill, in validation and in test
-    hidden: int = 128
-    layers: int = 3
-
-
-RATES = (1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3)
-KEEP_RATIOS = (0.05, 0.1, 0.4, 0.6, 0.8, 1.0)  # and KEEP_RATIO
-SCALES = {
-    "tiny": Scale(1, 30, 64, 4, RATES[:2], 1, 3, (0.5,), 1, {"old": 4, "remainder": 4, "code": 2}, 32, 1),
-    "small": Scale(3, 1600, 1000, 100, RATES, 3, 16, KEEP_RATIOS, 8, {"old": 60, "remainder": 150, "code": 40}),
-    "large": Scale(
-        4, 3000, 4000, 600, RATES, 4, 16, KEEP_RATIOS, 8, {"old": 200, "remainder": 400, "code": 200}, 256, 10
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One fine-tuning and its scores."""
-
-    part: str  # rates, seeds or keep_ratio
-    task: str
-    rule: str
-    learning_rate: float
-    keep_ratio: float | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        keep = "" if self.keep_ratio is None else f"_keep{self.keep_ratio:g}"
-        return f"{self.part}_{self.task}_{self.rule}_{self.learning_rate:g}{keep}_seed{self.seed}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In a worker process
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def set_up_worker() -> None:
-    """Runs share the cores: one thread each."""
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-
-
-def make_base(index: int, scale: Scale, folder: Path) -> None:
-    """A base model: other initial weights, other problems, another order for each index."""
-    run = folder / f"base{index}"
-    if (run / "scores.json").exists():  # written last: a call that was cut before begins again
-        return
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    save_random_model(folder / f"random{index}", tokenizer, index, scale.hidden, scale.layers)
-    write(folder / "data" / f"base{index}.jsonl", study_data.base_rows(seed=index))
-    with logged(folder / "logs" / f"base{index}.log"):
-        train.main([
-            "--model", str(folder / f"random{index}"), "--dataset", str(folder / "data" / f"base{index}.jsonl"),
-            "--output_dir", str(run), "--template", "prompt_response", "--rule", "none", "--learning_rate", "2e-3",
-            "--warmup_ratio", "0.02",
-            "--max_steps", str(scale.base_steps), "--global_batch_size", "64", "--seed", str(index), *COMMON,
-        ])  # fmt: skip
-        scores = {task: score(folder, run / "final", "test", task) for task in study_data.TASKS}
-    run_folder.write_json(run / "scores.json", scores)
-
-
-COMMON = ["--max_length", "128", "--micro_batch_tokens", "4096", "--mixed_precision", "fp32", "--overwrite"]
-COMMON += ["--log_every", "50"]
-
-
-def make(run: Run, scale: Scale, folder: Path) -> list[dict]:
-    """Fine-tune, score; the lines of runs.jsonl: a model of rule none is scored, then dropped and scored again."""
-    base, here, log = folder / f"base{run.seed % scale.bases}" / "final", folder / "runs" / run.name, folder / "logs"
-    rows = folder / "data" / f"{run.name}.jsonl"
-    write(rows, study_data.training_rows(run.task, scale.rows, seed=run.seed))
-    shutil.rmtree(here, ignore_errors=True)
-    words = [*RULES[run.rule]]
-    if run.rule in ("rmt", "gmt", "gmt_frozen"):
-        words += ["--keep_ratio", str(run.keep_ratio)]
-    split = "validation" if run.part == "rates" else "test"
-    with logged(log / f"{run.name}.log"):
-        line = train.main([
-            "--model", str(base), "--dataset", str(rows), "--output_dir", str(here), "--seed", str(run.seed),
-            "--template", study_data.TEMPLATES[run.task], "--learning_rate", str(run.learning_rate), *words,
-            "--max_steps", str(scale.steps), "--global_batch_size", "32", "--warmup_ratio", "0.03", *COMMON,
-        ])  # fmt: skip
-        tuned = {run: here / "final"}
-        if run.rule in ("none", "drop"):
-            dropped = replace(run, rule="drop", keep_ratio=KEEP_RATIO)
-            tuned[dropped] = here / "dropped" / "final"
-            merge.main([
-                "drop", "--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(tuned[dropped]),
-                "--keep_ratio", str(KEEP_RATIO),
-            ])  # fmt: skip
-        lines = []
-        for this, model in tuned.items():
-            scores = score(folder, model, split, run.task)
-            lines.append({**asdict(this), "base": run.seed % scale.bases, **scores, "train_loss": line["loss"]})
-    shutil.rmtree(here)
-    rows.unlink()
-    return lines
-
-
-def score(folder: Path, model: Path, split: str, task: str) -> dict[str, float]:
-    """Accuracy and negative log-likelihood (nats per trained token) on the new skill and on the old ones."""
-    out, data = model.parent / "eval", folder / "data"
-    tasks = {"gsm8k": data / f"skills_{split}.jsonl"}
-    if task == "code":
-        tasks["humaneval"] = data / f"code_{split}.jsonl"
-    evaluation.main([
-        "--model", str(model), "--output_dir", str(out), "--dtype", "float32", "--batch_size", "100", "--workers", "1",
-        "--tasks", *(f"{name}={file}" for name, file in tasks.items()),
-    ])  # fmt: skip
-    skills = [json.loads(line)["skill"] for line in tasks["gsm8k"].read_text().splitlines()]
-    verdicts = [json.loads(line) for line in (out / "gsm8k.metamath.jsonl").read_text().splitlines()]
-    correct = {skill: [v["correct"] for v in verdicts if skills[v["id"]] == skill] for skill in set(skills)}
-    if task == "code":
-        programs = [json.loads(line) for line in (out / "humaneval.plain.jsonl").read_text().splitlines()]
-        correct["code"] = [program["pass@1"] for program in programs]
-    nlls = nll(model, {skill: data / f"nll_{skill}_{split}.jsonl" for skill in (task, *OLD_SKILLS)})
-    return {
-        "new": mean(correct[task]),
-        "retained": mean(mean(correct[skill]) for skill in OLD_SKILLS),
-        "new_nll": nlls[task],
-        "retained_nll": mean(nlls[skill] for skill in OLD_SKILLS),
-    }
-
-
-@torch.no_grad()
-def nll(model: Path, files: dict[str, Path]) -> dict[str, float]:
-    """Mean cross-entropy, in nats per trained token, of each skill's right answers."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = load_weights(str(model), dtype=torch.float32).eval()
-    attach_loss(network, 0)
-    found = {}
-    for skill, file in files.items():
-        template = study_data.TEMPLATES.get(skill, "metamath")
-        wanted, conversations = columns(TEMPLATES[template], False)
-        examples = tokenise(load_all([str(file)], wanted, "train", conversations), tokenizer, template, 128)
-        losses = network(**collate(examples, [[i] for i in range(len(examples))]))
-        found[skill] = losses.double().mean().item()
-    return found
-
-
-@contextlib.contextmanager
-def logged(path: Path):
-    """What is printed inside goes to a file, which names itself if the work fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-        try:
-            yield
-        except BaseException as e:
-            e.add_note(f"see {path}")
-            raise
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which runs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def choose_rate(lines: Iterable[dict], task: str, rule: str) -> float:
-    """The learning rate with the highest harmonic mean of new-skill and retained accuracy, the lowest of equals."""
-    found: dict[float, list[dict]] = {}
-    for line in lines:
-        if (line["part"], line["task"], line["rule"]) == ("rates", task, rule):
-            found.setdefault(line["learning_rate"], []).append(line)
-
-    def both(rate: float) -> float:
-        return harmonic_mean(mean(line[metric] for line in found[rate]) for metric in ("new", "retained"))
-
-    return max(found, key=lambda rate: (both(rate), -rate))
-
-
-def runs_of_rates(scale: Scale) -> list[Run]:
-    tuning = range(1000, 1000 + scale.tuning_seeds)  # none of the seeds of the other parts
-    return [
-        Run("rates", task, rule, rate, KEEP_RATIO if rule in KEEPING else None, seed)
-        for seed in tuning
-        for task in study_data.TASKS
-        for rule in RULES
-        for rate in scale.rates
-        if rule != "drop"  # made of none's models
-    ]
-
-
-def runs_at_chosen_rates(scale: Scale, lines: list[dict]) -> list[Run]:
-    rates = {(task, rule): choose_rate(lines, task, rule) for task in study_data.TASKS for rule in RULES}
-    seeds = [
-        Run("seeds", task, rule, rate, KEEP_RATIO if rule in KEEPING else None, seed)
-        for seed in range(scale.seeds)
-        for (task, rule), rate in rates.items()
-        if rule != "drop" or rate != rates[task, "none"]
-    ]
-    sweep = [
-        Run("keep_ratio", task, "gmt", rates[task, "gmt"], keep_ratio, seed)
-        for seed in range(scale.sweep_seeds)
-        for task in study_data.TASKS
-        for keep_ratio in scale.keep_ratios
-    ]
-    return seeds + sweep
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of runs.jsonl; a last one that was cut is taken away."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        path.write_text("".join(lines := lines[:-1]))
-    return [json.loads(line) for line in lines]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--study", choices=STUDIES, default="small")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "study", help="models and data")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="runs.jsonl and study.json")
-    parser.add_argument("--processes", type=int, default=evaluation.physical_cores(), help="runs at the same time")
+    parser.add_argument("--processes", type=int, default=0, help="runs at the same time; 0: the study's own number")
     args = parser.parse_args(argv)
-    scale, folder, results = SCALES[args.scale], args.folder / args.scale, args.results
-    results.mkdir(parents=True, exist_ok=True)
-    description = {"scale": asdict(scale), "processes": args.processes, **run_folder.environment()}
-    description = json.loads(json.dumps(description))
-    about = results / "study.json"
-    if about.exists() and run_folder.read_json(about)["scale"] != description["scale"]:
-        raise UserError(f"{about} is of a study of another scale: move {results} away")
-    if not about.exists():
-        run_folder.write_json(about, description)
-
-    study_data.main(folder, scale.problems)
-    workers = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), set_up_worker)
-    with workers as pool:
-        bases = [pool.submit(make_base, i, scale, folder) for i in range(scale.bases)]
-        for done in tqdm(as_completed(bases), "bases", len(bases), unit="model"):
-            done.result()
-        scores = [run_folder.read_json(folder / f"base{i}" / "scores.json") for i in range(scale.bases)]
-        run_folder.write_json(results / "bases.json", scores)
-        for part in (runs_of_rates, runs_at_chosen_rates):
-            lines = read_lines(results / "runs.jsonl")
-            there = {tuple(line[key] for key in Run.__annotations__) for line in lines}
-            wanted = part(scale, lines) if part is runs_at_chosen_rates else part(scale)
-            todo = [run for run in wanted if tuple(asdict(run).values()) not in there]
-            futures = [pool.submit(make, run, scale, folder) for run in todo]
-            for done in tqdm(as_completed(futures), part.__name__, len(futures), unit="run"):
-                with open(results / "runs.jsonl", "a") as f:
-                    f.writelines(json.dumps(line) + "\n" for line in done.result())
+    study = STUDIES[args.study]
+    command = f"scripts/study/run.py --study {args.study}"
+    run_study(study, args.folder / args.study, args.results, args.processes or study.processes, command)
 
 
 if __name__ == "__main__":

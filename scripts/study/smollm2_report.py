@@ -1,0 +1,454 @@
+"""The report of the study of SmolLM2: README.md and its figures, from the lines that are there (smollm2.py says what
+was fixed before). A part that is not there yet is named as such."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+from scipy.stats import ttest_rel
+
+from common import run_folder
+from scripts.report import mask_figure
+from scripts.report.figures import NAMES as MAIN_NAMES
+from scripts.report.figures import STYLE as MAIN_STYLE
+from scripts.report.figures import plt, save
+from scripts.report.stats import holm, interval
+from scripts.study.driver import ABOUT, RUNS, Lines, missing, read_lines
+from scripts.study.miniature_report import CONTRARY, HOLDS, UNTOLD
+from scripts.study.smollm2 import (
+    KEEP_RATIO,
+    MARGIN,
+    REACH,
+    RULES,
+    TUNING_SEED,
+    Size,
+    choose_rate,
+    rates_and_keep_ratios,
+    seeds_and_clipping,
+)  # fmt: skip
+
+LEVEL, TOLERANCE, LEAST_KEEP_RATIO = 0.05, 0.05, 0.05  # what smollm2.py fixes
+TASKS = {"gsm8k": "GSM8K", "mbpp": "MBPP"}
+METRICS = {"new": "new task", "retained": "Wikipedia", "excess": "Wikipedia above SFT's frontier"}
+NAMES = {**MAIN_NAMES, "lora": "LoRA", "mofo": "mofo", "shira": "shira", "sift": "sift"}
+STYLE = {
+    **MAIN_STYLE, "lora": ("#555555", "X", (0, (4, 1, 1, 1))), "mofo": ("#B3A100", "h", (0, (2, 1))),
+    "shira": ("#6A3D9A", "<", (0, (6, 2))), "sift": ("#A6611A", ">", (0, (1, 2))),
+}  # fmt: skip
+PAIRS = [(rule, other) for rule in ("gmt", "gmt_frozen") for other in ("none", "rmt", "hft", "drop")]
+PAIRS += [(rule, "none") for rule in ("rmt", "hft", "drop", "lora", "mofo", "shira", "sift")]
+NOT_YET, NOT_COMPARED = "not run yet", "not compared"
+
+
+def verdicts(folder: Path) -> dict[str, dict[str, str]]:
+    """{claim: {task: verdict}} of the study in a folder, for a table beside another one's; empty where none is."""
+    if not (folder / ABOUT).exists():
+        return {}
+    size = size_of(run_folder.read_json(folder / ABOUT))
+    found = claims(size, with_excess(read_lines(folder / RUNS)), base_scores(folder))
+    return {claim: {TASKS[task]: text for task, text in by_task.items()} for claim, by_task in found.items()}
+
+
+def size_of(about: dict) -> Size:
+    return Size(**{key: value for key, value in about["scale"].items() if key != "files"})
+
+
+def base_scores(folder: Path) -> dict[str, float]:
+    """What the model scores before training; empty where it has not been scored yet."""
+    return run_folder.read_json(folder / "bases.json") if (folder / "bases.json").exists() else {}
+
+
+def write_report(folder: Path) -> str:
+    """Write README.md and figures into the folder that holds runs.jsonl; returns README.md's text."""
+    about = run_folder.read_json(folder / ABOUT)
+    size = size_of(about)
+    base = base_scores(folder)
+    lines = with_excess(read_lines(folder / RUNS))
+    parts = [
+        header(size, lines, about, base), claims_table(size, lines, base),
+        "## Every rate\n", frontier_figure(lines, base, folder / "frontier"), rates_table(lines, base),
+        "## Seeds\n", seeds_table(lines), comparison_table(lines),
+        "## keep_ratio\n", keep_ratio_figure(lines, base, folder / "keep_ratio"), keep_ratio_table(lines, base),
+        "## Clipping before or after masking\n", clip_table(lines),
+        "## What the masks keep\n", masks_text(lines, folder),
+    ]  # fmt: skip
+    text = "\n".join(part for part in parts if part)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def of(lines: Lines, **wanted: object) -> Lines:
+    """The lines with these values, by learning rate, keep_ratio and seed."""
+    found = [line for line in lines if all(line[key] == value for key, value in wanted.items())]
+    return sorted(found, key=lambda x: (x["learning_rate"], x["keep_ratio"] or 0, x["seed"]))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head)]
+    lines += [["---"] * len(lines[0]), *(list(row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is computed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sft_frontier(lines: Lines, task: str) -> Callable[[float], float | None]:
+    """What SFT retains at a loss on the new task, between its rates up to the best and REACH beyond; else None."""
+    points: list[tuple[float, float]] = []
+    for line in of(lines, part="rates", task=task, rule="none"):
+        if points and line["new"] >= points[-1][0]:
+            break
+        points.append((line["new"], line["retained"]))
+    if len(points) < 2:
+        return lambda new: None
+    points.reverse()
+    ends = [(points[0], points[1], -REACH), (points[-1], points[-2], REACH)]
+    beyond = [(a[0] + by, a[1] + by * (b[1] - a[1]) / (b[0] - a[0])) for a, b, by in ends]
+    x, y = map(np.array, zip(beyond[0], *points, beyond[1], strict=True))
+    curve = PchipInterpolator(x, y)
+    return lambda new: float(curve(new)) if x[0] <= new <= x[-1] else None
+
+
+def with_excess(lines: Lines) -> Lines:
+    """Each line with excess, what it retains less than SFT's frontier at its loss on the new task, or None."""
+    frontiers = {task: sft_frontier(lines, task) for task in TASKS}
+    at = [frontiers[line["task"]](line["new"]) for line in lines]
+    return [{**x, "excess": None if f is None else x["retained"] - f} for x, f in zip(lines, at, strict=True)]
+
+
+def comparisons(lines: Lines, task: str) -> list[dict]:
+    """Paired differences between two rules of part seeds, with p-values corrected within each metric."""
+    out = []
+    for metric in METRICS:
+        found = []
+        for first, other in PAIRS:
+            values = [
+                {x["seed"]: x[metric] for x in of(lines, part="seeds", task=task, rule=rule) if x[metric] is not None}
+                for rule in (first, other)
+            ]
+            seeds = sorted(values[0].keys() & values[1].keys())
+            if len(seeds) < 2:
+                continue
+            a, b = ([v[seed] for seed in seeds] for v in values)
+            mean, half = interval(np.subtract(a, b))
+            p = float(ttest_rel(a, b).pvalue) if half > 0 else float(mean == 0)
+            found.append(
+                {"metric": metric, "pair": (first, other), "mean": mean, "half": half, "p": p, "n": len(seeds)}
+            )
+        for entry, corrected in zip(found, holm([e["p"] for e in found]), strict=True):
+            out.append({**entry, "corrected": corrected})
+    return out
+
+
+def verdict(found: dict | None) -> str:
+    """Whether less of a loss is left: holds, the contrary does, or neither can be told."""
+    if found is None:
+        return NOT_YET
+    told = found["corrected"] < LEVEL and abs(found["mean"]) >= MARGIN
+    word = (HOLDS if found["mean"] < 0 else CONTRARY) if told else UNTOLD
+    return f"{word}: {found['mean']:+.4f} ± {found['half']:.4f} nats, p = {found['corrected']:.2g}, n = {found['n']}"
+
+
+def sweep(lines: Lines, task: str) -> dict[float, dict[float, dict]]:
+    """{rate: {keep_ratio: line}} of gmt at the rates of part keep_ratio."""
+    rates = sorted({x["learning_rate"] for x in of(lines, part="keep_ratio", task=task)})
+    found: dict[float, dict[float, dict]] = {}
+    for rate in rates:
+        here = of(lines, task=task, rule="gmt", learning_rate=rate, seed=TUNING_SEED)
+        found[rate] = {x["keep_ratio"]: x for x in here if x["part"] in ("rates", "keep_ratio")}
+    return found
+
+
+def insensitive(lines: Lines, task: str, base: dict) -> str:
+    """The answer to the claim that keep_ratio does not matter."""
+    worst, words = (0.0, 0.0, 0.0, 0.0), set()
+    for rate, by_ratio in sweep(lines, task).items():
+        sft = of(lines, part="rates", task=task, rule="none", learning_rate=rate)
+        if KEEP_RATIO not in by_ratio or not sft:
+            continue
+        range_ = TOLERANCE * (base[task] - sft[0]["new"])
+        for keep_ratio, line in by_ratio.items():
+            if keep_ratio < LEAST_KEEP_RATIO or keep_ratio == KEEP_RATIO:
+                continue
+            difference = line["new"] - by_ratio[KEEP_RATIO]["new"]
+            beyond = abs(difference) - range_
+            words.add("no" if beyond >= MARGIN else "yes" if beyond <= 0 else "cannot")
+            worst = max(worst, (abs(difference), difference, keep_ratio, rate))
+    if not words:
+        return NOT_YET
+    word = "**does not hold**" if "no" in words else UNTOLD if "cannot" in words else HOLDS
+    return f"{word}: largest difference from {KEEP_RATIO}: {worst[1]:+.4f} nats at {worst[2]:g}, rate {worst[3]:g}"
+
+
+def claims(size: Size, lines: Lines, base: dict) -> dict[str, dict[str, str]]:
+    """{claim: {task: verdict}}; the claims are worded as miniature_report.py words them."""
+    out: dict[str, dict[str, str]] = {}
+    wordings = {"new": "learns more of the new skill than", "retained": "retains more than"}
+    wordings["excess"] = "retains more at the same new skill than"
+    for i, (task, rules) in enumerate(size.rules.items()):
+        found = {(c["metric"], *c["pair"]): c for c in comparisons(lines, task)}
+        for metric, wording in wordings.items():
+            for first, other in PAIRS:
+                if first in ("gmt", "gmt_frozen"):
+                    text = verdict(found.get((metric, first, other))) if {first, other} <= {*rules} else NOT_COMPARED
+                    if text == NOT_YET and ("new", first, other) in found:
+                        text = "not compared: SFT does not reach these losses on the new task"
+                    out.setdefault(f"{NAMES[first]} {wording} {NAMES[other]}", {})[task] = text
+        text = insensitive(lines, task, base) if i == 0 else NOT_COMPARED
+        out.setdefault("gmt is insensitive to keep_ratio", {})[task] = text
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def header(size: Size, lines: Lines, about: dict, base: dict) -> str:
+    planned = rates_and_keep_ratios(size)
+    left = missing(planned, lines)
+    counts = []
+    for part in ("rates", "keep_ratio"):
+        of_part = [run for run in planned if run.part == part]
+        counts.append(f"{part} {len(of_part) - sum(run.part == part for run in left)} of {len(of_part)} runs")
+    if left:
+        counts.append("seeds and clip wait for the part rates")
+    else:
+        later = seeds_and_clipping(size, lines)
+        waiting = missing(later, lines)
+        for part in ("seeds", "clip"):
+            total = sum(run.part == part for run in later)
+            counts.append(f"{part} {total - sum(run.part == part for run in waiting)} of {total} runs")
+    hours = sum(x.get("train_seconds", 0) + x["score_seconds"] for x in lines) / 3600
+    hardware, before = about["hardware"], NOT_YET
+    if base:
+        before = ", ".join(f"{TASKS.get(key, 'Wikipedia')} {base[key]:.4f}" for key in (*TASKS, "wikipedia"))
+        before += f"; MMLU {100 * base['mmlu']:.1f} % of {size.mmlu} questions, where guessing gives 25 %"
+    return f"""# The paper's claims on a real model, SmolLM2-135M-Instruct
+
+Written by `python scripts/report.py` from [runs.jsonl](runs.jsonl), a line per scored model, made by
+`STUDY=smollm2 bash scripts/study.sh` from commit {about["git_commit"]} on, with torch {about["versions"]["torch"]}
+on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}), in {hours:.1f} hours so far.
+
+**There so far: {"; ".join(counts)}.** An interrupted study goes on with the same command.
+
+The model of 134.5 million parameters ([scripts/get_smollm2.py](../../scripts/get_smollm2.py)) is fine-tuned for
+{size.steps} steps of {size.batch} examples on GSM8K's training problems (MetaMath's prompt) or on MBPP's training split
+(Magicoder's), in bf16 with fp32 master weights, linear schedule, 10 % warm-up. All scores are losses in nats per token;
+less is better. Learnt: the loss on {size.golds["gsm8k"]} (GSM8K) or {size.golds["mbpp"]} (MBPP) test solutions.
+Retained: the loss on {size.passages} Wikipedia passages. Before training: {before}.
+keep_ratio is {KEEP_RATIO} but where it is varied. What is compared, and what counts as a difference (at least
+{MARGIN} nats), was fixed before the seeds were run: [scripts/study/smollm2.py](../../scripts/study/smollm2.py).
+± is the 95 % interval over seeds (Student's t): of the data's sample and order, not of base models or recipes.
+"""
+
+
+def claims_table(size: Size, lines: Lines, base: dict) -> str:
+    rows = [[claim, *(verdicts[task] for task in TASKS)] for claim, verdicts in claims(size, lines, base).items()]
+    return (
+        "## What became of the claims\n\n"
+        + table(["claim", *TASKS.values()], rows)
+        + "\nDifferences of losses at each rule's chosen rate (negative: the first rule is better). \"At the same new "
+        "skill\" compares what is retained with SFT's frontier at the loss on the new task that a run has reached: a "
+        "rule that learns less and forgets less may just have taken smaller steps.\n"
+    )
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def rates_table(lines: Lines, base: dict) -> str:
+    head = ["task", "rule", "rate", "new", "Wikipedia", "rise", "above SFT's frontier", "other task"]
+    head += ["weights moved, %", "distance", "in the largest 20 %, %"]
+    rows = []
+    for task in TASKS:
+        for rule in RULES:
+            chosen = choose_rate(lines, task, rule)
+            for x in of(lines, part="rates", task=task, rule=rule):
+                rate = f"{x['learning_rate']:g}" + " (chosen so far)" * (x["learning_rate"] == chosen)
+                cells = [number(x["new"]), number(x["retained"]), number(x["retained"] - base["wikipedia"], "+.4f")]
+                cells += [number(x["excess"], "+.4f"), number(x["other"]), f"{100 * x['moved']:.1f}"]
+                cells += [f"{x['distance']:.2f}", f"{100 * x['largest_share']:.0f}"]
+                rows.append([TASKS[task], NAMES[rule], rate, *cells])
+    if not rows:
+        return f"{NOT_YET}\n"
+    return table(head, rows) + (
+        "\nOne seed. Rise: against the model before training. Above SFT's frontier: retained, minus what SFT retains "
+        "at the same loss on the new task; -: it does not reach it. Distance: L2 norm of tuned minus base; "
+        "the last column: the share of its square in the largest 20 % of each matrix's entries.\n"
+    )
+
+
+def seeds_table(lines: Lines) -> str:
+    rows = []
+    for task in TASKS:
+        for rule in RULES:
+            found = of(lines, part="seeds", task=task, rule=rule)
+            if not found:
+                continue
+            cells = []
+            for metric in (*METRICS, "other"):
+                values = [x[metric] for x in found if x[metric] is not None]
+                mean, half = interval(values) if values else (None, None)
+                cells.append(number(mean) + (f" ± {half:.4f}" if len(values) > 1 else ""))
+            rows.append([TASKS[task], NAMES[rule], f"{found[0]['learning_rate']:g}", str(len(found)), *cells])
+    return table(["task", "rule", "rate", "seeds", *METRICS.values(), "other task"], rows) if rows else f"{NOT_YET}\n"
+
+
+def comparison_table(lines: Lines) -> str:
+    rows = []
+    for task in TASKS:
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for c in comparisons(lines, task):
+            text = f"{c['mean']:+.4f} ± {c['half']:.4f} ({c['corrected']:.2g})"
+            cells.setdefault(c["pair"], {})[c["metric"]] = text
+        for (first, other), found in cells.items():
+            rows.append([TASKS[task], f"{NAMES[first]} minus {NAMES[other]}", *(found.get(m, "-") for m in METRICS)])
+    if not rows:
+        return ""
+    return "Differences, seed by seed, with p-values (Holm):\n\n" + table(["task", "", *METRICS.values()], rows)
+
+
+def keep_ratio_table(lines: Lines, base: dict) -> str:
+    rows = []
+    for task in TASKS:
+        for rate, by_ratio in sweep(lines, task).items():
+            sft = of(lines, part="rates", task=task, rule="none", learning_rate=rate)
+            for label, x in [*((f"{k:g}", by_ratio[k]) for k in sorted(by_ratio)), *(("SFT", x) for x in sft)]:
+                masks = x.get("masks")
+                cells = [number(x["new"]), number(x["retained"] - base["wikipedia"], "+.4f")]
+                cells += [number(x["excess"], "+.4f"), f"{100 * fmean(masks['energy_kept']):.1f}" if masks else "-"]
+                rows.append([TASKS[task], f"{rate:g}", label, *cells])
+    if not rows:
+        return f"{NOT_YET}\n"
+    head = ["task", "rate", "keep_ratio", "new", "rise of Wikipedia", "above SFT's frontier", "energy kept, %"]
+    return table(head, rows) + "\ngmt, one seed. Energy: the sum of squared gradients, mean over steps.\n"
+
+
+def clip_table(lines: Lines) -> str:
+    rows = []
+    for rule in ("gmt", "rmt"):
+        for after in of(lines, part="clip", task="gsm8k", rule=f"{rule}_clip_after"):
+            rate = after["learning_rate"]
+            before = of(lines, part="rates", task="gsm8k", rule=rule, learning_rate=rate)
+            for word, x in [*(("before", x) for x in before), ("after", after)]:
+                cells = [number(x["new"]), number(x["retained"]), f"{x['grad_norm']:.3g}", f"{x['grad_norm_kept']:.3g}"]
+                rows.append([NAMES[rule], f"{rate:g}", word, *cells])
+    head = ["rule", "rate", "clipped", "new", "Wikipedia", "gradient's norm", "of what is kept"]
+    return table(head, rows) if rows else f"{NOT_YET}\n"
+
+
+def masks_text(lines: Lines, folder: Path) -> str:
+    """A table of energies and overlaps, and two figures."""
+    rows, shown = [], {}
+    for rule in RULES:
+        found = [x for x in of(lines, part="rates", task="gsm8k", rule=rule) if "masks" in x]
+        if not found:
+            continue
+        line = min(found, key=lambda x: abs(np.log(x["learning_rate"] / 2e-4)))
+        energy, overlap = line["masks"]["energy_kept"], line["masks"]["jaccard"]
+        shown[rule] = line
+        cells = [
+            f"{100 * fmean(energy):.1f}",
+            f"{fmean(overlap):.3f}" if overlap else "-",
+            f"{100 * line['moved']:.1f}",
+        ]
+        rows.append([NAMES[rule], f"{line['learning_rate']:g}", *cells])
+    if not rows:
+        return f"{NOT_YET}\n"
+    text = table(["rule", "rate", "energy kept, %", "overlap with the step before", "weights moved, %"], rows)
+    text += "\nOn GSM8K. Overlap: entries in both masks over entries in either; independent masks of 20 % have 0.111.\n"
+    steps_figure(shown, folder / "mask_steps")
+    text += "\n![Energy kept and overlap of masks, step by step](mask_steps.png)\n"
+    if "gmt" in shown:
+        keys = ("layer", "type", "kept", "energy_kept", "share_of_energy_kept")
+        cells = [dict(zip(keys, place, strict=True)) for place in shown["gmt"]["masks"]["places"]]
+        title = f"SmolLM2-135M on GSM8K: gmt, keep_ratio {KEEP_RATIO}, rate {shown['gmt']['learning_rate']:g}"
+        mask_figure.draw(cells, title, folder / "mask_places")
+        by_type: dict[str, list[dict]] = {}
+        for cell in cells:
+            by_type.setdefault(cell["type"], []).append(cell)
+        rows = [
+            [kind, f"{100 * fmean(c['energy_kept'] for c in group):.1f}",
+             f"{100 * sum(c['share_of_energy_kept'] for c in group):.1f}"]
+            for kind, group in by_type.items()
+        ]  # fmt: skip
+        text += "\n![Where the kept energy lies, by layer and matrix type](mask_places.png)\n\n"
+        text += table(
+            ["matrix type", "energy kept of its own, mean over layers, %", "share of all kept energy, %"], rows
+        )
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def frontier_figure(lines: Lines, base: dict, path: Path) -> str:
+    """Rise of the loss on Wikipedia against the loss on the new task, a line per rule over its rates; pale: seeds."""
+    tasks = [task for task in TASKS if of(lines, part="rates", task=task)]
+    if not tasks:
+        return ""
+    fig, axes = plt.subplots(1, len(tasks), figsize=(6.2 * len(tasks), 4.8), squeeze=False)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for rule in RULES:
+            found = of(lines, part="rates", task=task, rule=rule)
+            if not found:
+                continue
+            colour, marker, dashes = STYLE[rule]
+            x, y = [v["new"] for v in found], [v["retained"] - base["wikipedia"] for v in found]
+            ax.plot(x, y, color=colour, marker=marker, linestyle=dashes, label=NAMES[rule], markersize=6)
+            seeds = of(lines, part="seeds", task=task, rule=rule)
+            x, y = [v["new"] for v in seeds], [v["retained"] - base["wikipedia"] for v in seeds]
+            ax.scatter(x, y, color=colour, marker=marker, s=12, alpha=0.35, linewidths=0)
+        ax.axhline(0, color="#999999", linewidth=0.8)
+        ax.set(xlabel=f"{TASKS[task]}: loss on test solutions (nats)", ylabel="Wikipedia: rise of the loss (nats)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right center", handlelength=3)
+    fig.suptitle("A line is a rule, a mark on it a learning rate (pale: seeds); left and down is better", fontsize=9)
+    save(fig, path)
+    return "![Rise of the loss on Wikipedia against the loss on the new task, by rule](frontier.png)\n"
+
+
+def keep_ratio_figure(lines: Lines, base: dict, path: Path) -> str:
+    """New and retained against keep_ratio, a line per rate, and SFT at that rate."""
+    task = next(iter(TASKS))
+    found = sweep(lines, task)
+    if not found:
+        return ""
+    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4))
+    wanted = (("new", 0.0, f"{TASKS[task]}: loss (nats)"), ("retained", base["wikipedia"], "Wikipedia: rise (nats)"))
+    for ax, (metric, zero, label) in zip(axes, wanted, strict=True):
+        for (rate, by_ratio), rule in zip(found.items(), ("gmt", "gmt_frozen"), strict=False):
+            colour, marker, dashes = STYLE[rule]
+            kept = sorted(by_ratio)
+            values = [by_ratio[k][metric] - zero for k in kept]
+            ax.plot(kept, values, color=colour, marker=marker, linestyle=dashes, label=f"gmt, rate {rate:g}")
+            for sft in of(lines, part="rates", task=task, rule="none", learning_rate=rate):
+                ax.axhline(sft[metric] - zero, color=colour, linewidth=1, alpha=0.6, label=f"SFT, rate {rate:g}")
+        ax.set_xscale("log")
+        ax.set(xlabel="keep_ratio", ylabel=label)
+    axes[0].legend(fontsize=8)
+    save(fig, path)
+    return "![Losses against keep_ratio at two learning rates](keep_ratio.png)\n"
+
+
+def steps_figure(shown: dict[str, dict], path: Path) -> None:
+    """Energy kept, and overlap with the mask of the step before, at every step."""
+    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4), sharex=True)
+    for rule, line in shown.items():
+        colour, marker, dashes = STYLE[rule]
+        energy, overlap = line["masks"]["energy_kept"], line["masks"]["jaccard"]
+        look = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4, "label": NAMES[rule]}
+        axes[0].plot(range(1, len(energy) + 1), [100 * e for e in energy], **look)
+        axes[1].plot(range(2, len(overlap) + 2), overlap, **look)
+    axes[0].set(xlabel="optimizer step", ylabel="energy kept (%)", ylim=(0, 102))
+    axes[1].set(xlabel="optimizer step", ylabel="overlap with the mask of the step before", ylim=(0, 1.02))
+    axes[0].legend(fontsize=8)
+    save(fig, path)
