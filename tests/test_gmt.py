@@ -631,7 +631,7 @@ def test_low_rank_part_of_a_large_matrix_is_near_the_exact_one():
     exact = torch.linalg.svd(w)
     exact = (exact.U[:, :8] * exact.S[:8]) @ exact.Vh[:8]
     part = gmt.low_rank_part(w, 8)
-    assert (part - exact).norm() < 1e-3 * exact.norm() and not torch.equal(part, exact)
+    assert (part - exact).norm() < 1e-5 * exact.norm() and not torch.equal(part, exact)  # one power iteration: 1e-4
     ours, theirs = gmt.topk_mask(part, 6000), slow_mask(exact, 6000)
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.99
     assert torch.equal(part, gmt.low_rank_part(w, 8))  # nothing is drawn from a generator
