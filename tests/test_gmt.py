@@ -638,6 +638,18 @@ def test_low_rank_part_of_a_large_matrix_is_near_the_exact_one():
     assert gmt.low_rank_part(w[:, :7], 8) is not None and torch.equal(gmt.low_rank_part(w[:, :7], 8), w[:, :7])
 
 
+@pytest.mark.parametrize(("power", "shared"), [(1.0, 0.99), (0.5, 0.86)])
+def test_what_the_randomised_decomposition_shares_with_the_exact_one(power, shared):
+    """The numbers of docs/method.md."""
+    n, rank, k = 384, 32, round(0.05 * 384**2)
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, n, generator=generator)).Q for _ in range(2))
+    w = (u * torch.arange(1, n + 1) ** -power) @ v.T
+    exact = (u[:, :rank] * torch.arange(1, rank + 1) ** -power) @ v[:, :rank].T
+    ours = gmt.topk_mask(gmt.low_rank_part(w, rank), k)
+    assert (ours & slow_mask(exact, k)).sum() / k == pytest.approx(shared, abs=0.02)
+
+
 def test_a_rule_of_ones_own_is_a_function_and_a_line(monkeypatch):
     monkeypatch.setattr(gmt, "SCORES", dict(gmt.SCORES))
     gmt.SCORES["gem"] = lambda e: e.grad / e.weight
