@@ -985,7 +985,7 @@ def _one_by_one(optimizer: Optimizer) -> Iterator[nn.Parameter]:
             group["params"] = parameters
 
 
-def _step_where(optimizer: torch.optim.Optimizer, p: nn.Parameter, mask: Tensor, moments_too: bool) -> None:
+def _step_where(optimizer: Optimizer, p: nn.Parameter, mask: Tensor, moments_too: bool) -> None:
     """Step an optimizer that holds one parameter; take back its weight, and moments, where the mask, as bits, is 0."""
 
     def tensors() -> dict[str, Tensor]:
