@@ -102,11 +102,19 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("content", SHAPES.values(), ids=SHAPES)
-def test_a_damaged_list_is_passed_over(tmp_path, train_args, cut_run, capsys, content):
+def test_a_damaged_list_is_noticed(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    integrity.seal(tmp_path)
+    assert integrity.damaged_file(tmp_path) is None
+    (tmp_path / "COMPLETED").write_bytes(content)
+    assert integrity.damaged_file(tmp_path) == "COMPLETED"
+
+
+def test_a_damaged_list_is_passed_over(tmp_path, train_args, cut_run, capsys):
     words = train_args(tmp_path / "run", "--save_every", "2")
     cut_run(words, 5)
     folder = tmp_path / "run" / "checkpoints"
-    (folder / "step_000004" / "COMPLETED").write_bytes(content)
+    (folder / "step_000004" / "COMPLETED").write_bytes(SHAPES["null"])
     train.main([*words, "--resume"])
     out = capsys.readouterr().out
     assert "passing over the checkpoint step_000004: COMPLETED is missing, cut or changed" in out
