@@ -414,7 +414,7 @@ def test_many_processes_run_in_step(data, processes, packing):
 
 
 # On 64 processes a step has two examples for each, and lasts as long as its longest one.
-IDLE = {("gsm8k", 8): 0.35, ("gsm8k", 64): 0.4, ("long_tailed", 8): 0.3, ("long_tailed", 64): 0.8}
+IDLE = {("gsm8k", 8): 0.08, ("gsm8k", 64): 0.35, ("long_tailed", 8): 0.15, ("long_tailed", 64): 0.8}
 
 
 def test_the_idle_share_is_the_time_of_waiting():

@@ -287,26 +287,43 @@ def micro_batches(
 
     A row is one example or, with row_tokens, as many as fit into that many tokens. A micro-batch holds at most
     max_tokens tokens, padding included (one longer example stands alone), and at most max_rows rows (0: any number).
-    Every process gets the same number of micro-batches, as a collective needs; where there are fewer examples
-    than that, some are empty.
+    Every process gets the same number of micro-batches, as a collective needs, and no more than that takes; where there
+    are fewer examples than that, some are empty. They are as even as they can be, since processes wait for one another.
     """
-    rows = pack(ids, lengths, row_tokens) if row_tokens else [[i] for i in ids.tolist()]
-    length = lambda row: int(lengths[row].sum())  # noqa: E731
+
+    length_of = dict(zip(ids.tolist(), lengths[ids].tolist(), strict=True))
+    length = lambda row: sum(length_of[i] for i in row)  # noqa: E731
     tokens = lambda batch: len(batch) * max(map(length, batch), default=0)  # noqa: E731
-    batches: list[list[list[int]]] = []
-    for row in sorted(rows, key=lambda row: (-length(row), row)):  # longest first: its length is the width of its batch
-        current = batches[-1] if batches else None
-        fits = current and (len(current) + 1) * length(current[0]) <= max_tokens
-        if fits and not (max_rows and len(current) == max_rows):
-            current.append(row)
-        else:
-            batches.append([row])
-    # Split the batches with the most work until every process gets as many: halves cost less than an idle process.
-    while len(batches) % world_size:
+
+    def fill(budget: int) -> list[list[list[int]]]:
+        rows = pack(ids, lengths, min(row_tokens, budget)) if row_tokens else [[i] for i in ids.tolist()]
+        return _filled({tuple(row): length(row) for row in rows}, budget, max_rows)
+
+    number = -(-len(fill(max_tokens)) // world_size) * world_size
+    least, most = sum(length_of.values()) // number, max_tokens
+    while least < most:  # the smallest budget that takes no more micro-batches than that
+        budget = (least + most) // 2
+        least, most = (least, budget) if len(fill(budget)) <= number else (budget + 1, most)
+    batches = fill(most)
+    while len(batches) < number:  # split those with the most work: halves cost less than an idle process
         at = max(range(len(batches)), key=lambda b: tokens(batches[b]) if sum(map(len, batches[b])) > 1 else 0)
         batches[at : at + 1] = _halves(batches[at]) if sum(map(len, batches[at])) > 1 else [batches[at], []]
     batches.sort(key=tokens, reverse=True)  # alike ones run at the same time
     return [batches[rank::world_size] for rank in range(world_size)]
+
+
+def _filled(rows: dict[tuple[int, ...], int], max_tokens: int, max_rows: int) -> list[list[list[int]]]:
+    """Rows, with their lengths, as micro-batches; longest first: its length is the width of its micro-batch."""
+    batches: list[list[list[int]]] = []
+    width = 0
+    for row, length in sorted(rows.items(), key=lambda item: (-item[1], item[0])):
+        count = len(batches[-1]) if batches else 0
+        if count and (count + 1) * width <= max_tokens and not (max_rows and count == max_rows):
+            batches[-1].append(list(row))
+        else:
+            batches.append([list(row)])
+            width = length
+    return batches
 
 
 def _halves(batch: list[list[int]]) -> list[list[list[int]]]:
