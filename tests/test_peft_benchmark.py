@@ -154,6 +154,7 @@ def test_only_the_named_weights_are_trained(tmp_path, train_args, model_dir):
     ("words", "message"),
     [
         (["--train_only", "x", "--rule", "hft"], "train_only has no meaning with rule hft"),
+        (["--train_only", "x", "--rule", "mask_tuning"], "train_only has no meaning with rule mask_tuning"),
         (["--train_only", "x", "--rule", "none", "--adapter", "lora"], "train_only has no meaning with adapter lora"),
         (["--train_on_prompt", "--rule", "none", "--objective", "dpo"], "train_on_prompt is of objective sft"),
     ],

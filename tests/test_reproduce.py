@@ -318,7 +318,7 @@ def test_pefts_benchmark_run_by_run(run, tmp_path):
     words = {"RUNS": "none gmt_frozen lora", "KEEP_RATIO": "0.3"}
     code, out, err = finish(run("peft_benchmark.sh", "--max_grad_norm", "2", BREAKS="lora_seed0", **words))
     assert code == 2 and "stage lora_seed0/train failed" in err
-    calls(tmp_path)
+    assert scorings(calls(tmp_path))["OUT/base/eval"] == "text_loss --overwrite"
     (tmp_path / "out/rows.jsonl").touch()  # which the stand-in has not made
     code, out, err = finish(run("peft_benchmark.sh", "--max_grad_norm", "2", **words))
     assert code == 0, err
