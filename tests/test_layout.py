@@ -1,6 +1,7 @@
 """Which file may import which, and how long the programs may grow: pytest tests/test_layout.py"""
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +31,12 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module.split(".")[0]
 
 
+@functools.cache
 def sources() -> dict[Path, str]:
     """Every Python file but the tests, and the file or folder at the root that it belongs to."""
-    files = [p.relative_to(ROOT) for p in (*ROOT.glob("*.py"), *ROOT.glob("*/**/*.py"))]
-    known = [p for p in files if p.parts[0].removesuffix(".py") in LEVEL]
-    return {p: p.parts[0].removesuffix(".py") for p in known if p.parts[0] != "tests"}
+    folders = [ROOT / name for name in LEVEL if name != "tests"]
+    files = [p.relative_to(ROOT) for p in (*ROOT.glob("*.py"), *(p for f in folders for p in f.rglob("*.py")))]
+    return {p: name for p in files if (name := p.parts[0].removesuffix(".py")) in LEVEL}
 
 
 def functions(name: str) -> dict[str, int]:
@@ -54,6 +56,25 @@ def test_nothing_is_imported_upward(path):
     unit = sources()[path]
     upward = {name for name in imports(ROOT / path) if LEVEL.get(name, len(LEVELS)) <= LEVEL[unit]} - {unit}
     assert not upward - {"gmt_triton"}, f"{path} imports {upward}"  # gmt.py and gmt_triton.py are one level
+
+
+def imported_modules(path: Path) -> set[Path]:
+    """The project's files that a file imports as it is loaded."""
+    names = set()
+    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:  # not those within functions
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {file for name in names if (file := Path(*name.split(".")).with_suffix(".py")) in sources()} - {path}
+
+
+def test_no_circle_of_imports():
+    """Which of its files is loaded first would decide whether it works."""
+    left = {path: imported_modules(path) for path in sources()}
+    while free := {path for path, needs in left.items() if not needs & left.keys()}:
+        left = {path: needs for path, needs in left.items() if path not in free}
+    assert not left, {str(path): sorted(map(str, needs & left.keys())) for path, needs in left.items()}
 
 
 def test_scores_need_no_training():

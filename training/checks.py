@@ -1,32 +1,17 @@
 """What is measured on the real model before training: that its loss is its own, and that packing is safe."""
 
-import contextlib
 import unittest.mock
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from common.config import TrainConfig, UserError
 from training.data import Examples, collate
-from training.losses import attach_loss
+from training.losses import attach_loss, evaluating
 from training.plan import wants_packing
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout and gradients; afterwards it is as it was before training."""
-    model.eval()
-    with torch.no_grad():
-        yield
-    model.train()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # keeps some weights whole until a backward pass, as other Parameter objects
-            module.reshard()
 
 
 class _Hidden:

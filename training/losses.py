@@ -1,9 +1,11 @@
 """Training losses: the cross-entropy of the trained tokens, without the logits of all of them at once."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -75,3 +77,15 @@ def attach_loss(model: nn.Module, chunk: int) -> None:
         return head(hidden.flatten(0, 1).index_select(0, positions), targets)
 
     model.forward, head.forward = forward, head_forward
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and gradients; afterwards it is as it was before training."""
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # keeps some weights whole until a backward pass, as other Parameter objects
+            module.reshard()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from common.config import TrainConfig
 from common.run_folder import REFERENCE
-from training import checks
 from training.data import Examples, steps_per_epoch
+from training.losses import evaluating
 from training.objectives import DPO, SFT, Objective, sequence_logps
 from training.steps import distribute, step_batches
 
@@ -78,7 +78,7 @@ def compute(model: nn.Module, parts: list[tuple[Examples, Iterable[Any]]], accel
             In the micro-batches of training, policy and reference agree to the last bit before the first step.
     """
     out = []
-    with checks.evaluating(model):
+    with evaluating(model):
         for examples, micro_batches in parts:
             logps = torch.zeros(len(examples), 2, dtype=torch.float64, device=accelerator.device)
             for batch in micro_batches:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 import gmt
-from training.checks import evaluating
+from training.losses import evaluating
 from training.objectives import Objective
 
 if TYPE_CHECKING:
