@@ -19,6 +19,7 @@ from training import data, losses, mask_tuning, plan
 
 TUNING = ["--rule", "mask_tuning", "--learning_rate", "3e-3", "--lr_schedule", "constant", "--epochs", "1"]
 FP64 = ["--master_dtype", "float64"]
+SAVING = ["--save_every", "2", "--log_masks_every", "5", "--eval_rows", "3"]
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -45,7 +46,7 @@ def trained(tmp_path_factory, run_args):
     folder = tmp_path_factory.mktemp("masks") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaRMSNorm, "forward", exact_norm)
-        train.main(run_args(folder, *TUNING, *FP64, "--save_every", "2", "--log_masks_every", "5"))
+        train.main(run_args(folder, *TUNING, *FP64, *SAVING))
     return folder
 
 
@@ -80,7 +81,7 @@ def test_a_matrix_by_hand():
 
 def test_a_run_is_that_of_a_slow_twin(trained, run_args):
     """All examples one by one through a model with weights M * W; every mask of the final model, and what is logged."""
-    config = parse(TrainConfig, run_args(trained, *TUNING, *FP64))
+    config = parse(TrainConfig, run_args(trained, *TUNING, *FP64, *SAVING))
     _, examples, _ = train.load_data(config)
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float64)
     w = {n: p.detach() for n, p in base.named_parameters() if n.split(".")[-2] in LAYERS}
@@ -123,7 +124,7 @@ def test_the_final_model_is_an_ordinary_one(trained, model_dir):
 
 def test_resume_is_bitwise(trained, tmp_path, run_args, monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
-    args = run_args(tmp_path / "run", *TUNING, *FP64, "--save_every", "2", "--log_masks_every", "5")
+    args = run_args(tmp_path / "run", *TUNING, *FP64, *SAVING)
     write = run_folder.Log.write
 
     def crash(self, line):
@@ -142,20 +143,21 @@ def test_resume_is_bitwise(trained, tmp_path, run_args, monkeypatch):
 
 def test_a_split_into_micro_batches_changes_no_mask(trained, tmp_path, run_args, monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
-    train.main(run_args(tmp_path / "run", *TUNING, *FP64, "--per_device_batch_size", "3", "--loss_chunk", "50"))
+    more = ["--per_device_batch_size", "3", "--loss_chunk", "50"]
+    train.main(run_args(tmp_path / "run", *TUNING, *FP64, *SAVING, *more))
     assert same(weights(tmp_path / "run"), weights(trained))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker", ["worker", "fsdp_worker"])
 def test_two_processes_agree_with_one(trained, tmp_path, run_args, worker):
-    """Under FSDP2 also cut after a checkpoint in shards, and resumed."""
-    args = run_args(tmp_path / "run", *TUNING, *FP64, "--save_every", "2", "--log_masks_every", "5")
+    """Under FSDP2 also cut after a checkpoint in shards, and resumed where weights stay whole after a forward pass."""
+    args = run_args(tmp_path / "run", *TUNING, *FP64, *SAVING)
     if worker == "fsdp_worker":
         cut = run(2, args, worker, CRASH_AT="3")
         assert cut.returncode != 0 and len(read_metrics(tmp_path / "run")) == 3, cut.stderr[-3000:]
         args.append("--resume")
-    done = run(2, args, worker)
+    done = run(2, args, worker, RESHARD="false")
     assert done.returncode == 0, done.stderr[-3000:]
     assert same(weights(tmp_path / "run"), weights(trained))
     for a, b in zip(read_metrics(tmp_path / "run"), read_metrics(trained), strict=True):
@@ -163,11 +165,14 @@ def test_two_processes_agree_with_one(trained, tmp_path, run_args, worker):
 
 
 @pytest.mark.slow
-def test_fsdp2_gathers_scores_in_bf16(tmp_path, run_args):
-    done = run(2, run_args(tmp_path / "run", *TUNING, "--mixed_precision", "bf16"), "fsdp_worker")
+def test_fsdp2_gathers_scores_in_bf16_and_saves_whole_weights(tmp_path, run_args, model_dir):
+    """Where weights stay gathered after an evaluation too."""
+    args = run_args(tmp_path / "run", *TUNING, "--mixed_precision", "bf16", "--eval_rows", "3")
+    done = run(2, args, "fsdp_worker", RESHARD="false")
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = read_metrics(tmp_path / "run")
+    lines, base = read_metrics(tmp_path / "run"), load_file(model_dir / "model.safetensors")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.05 and lines[-1]["masked_entries"] > 0
+    assert all(((p == base[n]) | (p == 0)).all() for n, p in weights(tmp_path / "run").items())
 
 
 def test_tied_embeddings_stay_tied_and_16_bit_weights_have_fp32_scores(tmp_path, run_args, monkeypatch):
