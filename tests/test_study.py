@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -313,6 +314,41 @@ def test_what_has_a_line_is_not_made_again():
     runs = smollm2.rates_and_keep_ratios(SIZE)
     there = [{**asdict(run), "new": 1.0} for run in runs[:3]]
     assert driver.missing(runs, json.loads(json.dumps(there))) == runs[3:]
+
+
+def test_a_run_that_fails_costs_no_other_its_line(tmp_path, monkeypatch):
+    runs, made = [driver.Run("rates", "gsm8k", "none", rate, None, 0) for rate in (1.0, 2.0, 3.0)], []
+    broken = {2.0}
+
+    class Three:
+        threads = 1
+
+        def settings(self, folder):
+            return {}
+
+        def bases(self, folder, results, pool):
+            pass
+
+        def parts(self):
+            def rates(lines):
+                return runs
+
+            return (rates,)
+
+        def make(self, run, folder):
+            made.append(run.learning_rate)
+            if run.learning_rate in broken:
+                raise UserError("no finite gradient")
+            return [asdict(run)]
+
+    monkeypatch.setattr(driver, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    with pytest.raises(UserError, match="no finite gradient"):
+        driver.run_study(Three(), tmp_path, tmp_path, 1, "")
+    assert sorted(x["learning_rate"] for x in driver.read_lines(tmp_path / "runs.jsonl")) == [1.0, 3.0]
+    broken.clear()
+    driver.run_study(Three(), tmp_path, tmp_path, 1, "")
+    assert made == [1.0, 2.0, 3.0, 2.0]
+    assert sorted(x["learning_rate"] for x in driver.read_lines(tmp_path / "runs.jsonl")) == [1.0, 2.0, 3.0]
 
 
 def test_a_study_of_other_settings_is_refused(tmp_path):
