@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -315,16 +316,63 @@ def test_what_has_a_line_is_not_made_again():
     assert driver.missing(runs, json.loads(json.dumps(there))) == runs[3:]
 
 
-def test_a_study_of_other_settings_is_refused(tmp_path):
-    class Nothing:
-        threads = 1
+def test_a_run_that_fails_costs_no_other_its_line(tmp_path, monkeypatch):
+    runs, made = [driver.Run("rates", "gsm8k", "none", rate, None, 0) for rate in (1.0, 2.0, 3.0)], []
+    broken = {2.0}
+
+    class Three:
+        threads, may_grow = 1, ()
 
         def settings(self, folder):
-            return {"steps": 24, "files": {"model": "abc"}}
+            return {}
 
-    driver.run_folder.write_json(tmp_path / "study.json", {"scale": {"steps": 32, "files": {"model": "abc"}}})
+        def bases(self, folder, results, pool):
+            pass
+
+        def parts(self):
+            def rates(lines):
+                return runs
+
+            return (rates,)
+
+        def make(self, run, folder):
+            made.append(run.learning_rate)
+            if run.learning_rate in broken:
+                raise UserError("no finite gradient")
+            return [asdict(run)]
+
+    monkeypatch.setattr(driver, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    with pytest.raises(UserError, match="no finite gradient"):
+        driver.run_study(Three(), tmp_path, tmp_path, 1, "")
+    assert sorted(x["learning_rate"] for x in driver.read_lines(tmp_path / "runs.jsonl")) == [1.0, 3.0]
+    broken.clear()
+    driver.run_study(Three(), tmp_path, tmp_path, 1, "")
+    assert made == [1.0, 2.0, 3.0, 2.0]
+    assert sorted(x["learning_rate"] for x in driver.read_lines(tmp_path / "runs.jsonl")) == [1.0, 2.0, 3.0]
+
+
+def test_a_study_of_other_settings_is_refused_but_may_have_more_runs(tmp_path):
+    class Nothing:
+        threads, may_grow = 1, ("seeds",)
+
+        def __init__(self, steps, seeds):
+            self.words = {"steps": steps, "seeds": seeds, "files": {"model": "abc"}}
+
+        def settings(self, folder):
+            return self.words
+
+        def bases(self, folder, results, pool):
+            pass
+
+        def parts(self):
+            return ()
+
+    driver.run_study(Nothing(24, 5), tmp_path, tmp_path, 1, "a command")
     with pytest.raises(UserError, match=r"study.json is of a study with another steps: move .* away"):
-        driver.run_study(Nothing(), tmp_path, tmp_path, 1, "")
+        driver.run_study(Nothing(32, 5), tmp_path, tmp_path, 1, "")
+    driver.run_study(Nothing(24, 9), tmp_path, tmp_path, 1, "")
+    about = json.loads((tmp_path / "study.json").read_text())
+    assert about["scale"] == Nothing(24, 9).words and about["command"] == "a command"
 
 
 def test_without_data_one_line_says_what_is_needed(tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ class Study(Protocol):
 
     threads: int  # of a worker; 0: torch's own number
     processes: int  # runs at the same time
+    may_grow: tuple[str, ...]  # settings that say which runs there are: no line depends on them
 
     def settings(self, folder: Path) -> dict[str, Any]:
         """Write what all runs share into `folder`; returns what may not change within one study, as JSON holds it."""
@@ -75,12 +76,15 @@ def run_study(study: Study, folder: Path, results: Path, processes: int, command
     """
     results.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(study.settings(folder)))
-    about = results / ABOUT
-    if about.exists() and (differing := differences(run_folder.read_json(about)["scale"], settings)):
+    about, old = results / ABOUT, settings
+    if about.exists():
+        content = run_folder.read_json(about)
+        old = content["scale"]
+    else:  # without this machine's folders
+        content = {"processes": processes, **run_folder.environment(), "command": command}
+    if differing := [key for key in differences(old, settings) if key not in study.may_grow]:
         raise UserError(f"{about} is of a study with another {', '.join(differing)}: move {results} away")
-    if not about.exists():
-        environment = {**run_folder.environment(), "command": command}  # without this machine's folders
-        run_folder.write_json(about, {"scale": settings, "processes": processes, **environment})
+    run_folder.write_json(about, {**content, "scale": settings})
     workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker, (study.threads,))
     with workers as pool:
         study.bases(folder, results, pool)

@@ -217,6 +217,7 @@ class Miniature:
     scale: Scale
     threads = 1  # of a run
     processes = evaluation.physical_cores()
+    may_grow = ()
 
     def settings(self, folder: Path) -> dict[str, Any]:
         study_data.main(folder, self.scale.problems)

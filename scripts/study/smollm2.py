@@ -172,6 +172,7 @@ class SmolLM2:
     size: Size
     threads = 0
     processes = 1  # a run has all cores
+    may_grow = ("rules", "rates", "between", "keep_ratios", "seeds")
 
     def settings(self, folder: Path) -> dict[str, Any]:
         return {**asdict(self.size), "files": prepare(self.size, folder)}
