@@ -313,6 +313,7 @@ def test_micro_batches_hold_each_example_once_within_the_budget(world, tokens, r
     shares = data.micro_batches(np.arange(96), np.full(96, 7), world, tokens, 0, row_tokens)
     work = [sum(len(b) for b in share) for share in shares] if not row_tokens else []
     assert not work or tokens < 64 or max(work) - min(work) <= len(shares[0])
+    assert data.micro_batches(np.array([], int), lengths, world, tokens, rows, row_tokens) == [[]] * world
     # pinned: the shares of a step do not change between versions
     lengths = np.array([5, 9, 2, 7, 4, 6])
     assert data.micro_batches(np.arange(6), lengths, 1, 18) == [[[[0], [4], [2]], [[3], [5]], [[1]]]]

@@ -299,6 +299,8 @@ def micro_batches(
         rows = pack(ids, lengths, min(row_tokens, budget)) if row_tokens else [[i] for i in ids.tolist()]
         return _filled({tuple(row): length(row) for row in rows}, budget, max_rows)
 
+    if not len(ids):
+        return [[] for _ in range(world_size)]
     number = -(-len(fill(max_tokens)) // world_size) * world_size
     least, most = sum(length_of.values()) // number, max_tokens
     while least < most:  # the smallest budget that takes no more micro-batches than that
