@@ -97,7 +97,7 @@ def run(tmp_path, train_args):
         ({"calibration_steps": 3}, "calibration_steps is for rule grad_square, .* got 3 with rule none"),
         ({"mask_jaccard": "true"}, "mask_jaccard needs log_masks_every"),
         ({"trackers": "tensorbord"}, "unknown word 'tensorbord'; did you mean tensorboard"),
-        ({"optimizer": "adam"}, "optimizer must be one of adamw, adamw_8bit, paged_adamw_8bit, mezo, subzero, got 'adam'"),
+        ({"optimizer": "adam"}, "must be one of adamw, adamw_8bit, paged_adamw_8bit, mezo, subzero, got 'adam'"),
         ({"resume": "true", "overwrite": "true"}, "set one of the two"),
         ({"resume_changed": "true"}, "no meaning without resume"),
         ({"template": "metamaths"}, "unknown word 'metamaths'; did you mean metamath?"),

@@ -44,6 +44,7 @@ def check_weights(kept, model_dir, processes, shards):
         assert all(torch.equal(held["buffers"][name], buffer) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.slow
 def test_gradients_agree_on_1_2_and_3_processes_in_fp32(tmp_path, train_args):
     grads = []
     for n in (1, 2, 3):
@@ -56,7 +57,10 @@ def test_gradients_agree_on_1_2_and_3_processes_in_fp32(tmp_path, train_args):
         assert (g - grads[0]).norm() / grads[0].norm() < 1e-6
 
 
-@pytest.mark.parametrize("rule", [["gmt", "--masked_weights", "frozen"], ["rmt"]], ids=" ".join)
+FROZEN = pytest.param(["gmt", "--masked_weights", "frozen"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("rule", [FROZEN, ["rmt"]], ids=" ".join)
 def test_whole_runs_agree_on_1_2_and_3_processes_in_fp64(tmp_path, train_args, rule):
     runs = []
     for n in (1, 2 if rule[0] == "gmt" else 3):
@@ -142,7 +146,7 @@ def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, model_d
         assert [m["jaccard"] for m in masks[0][:2]] == pytest.approx([m["jaccard"] for m in masks[1][:2]])
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fsdp2_with_other_numbers_of_chunks_on_each_process(tmp_path, train_args, tied):
     """A process with more chunks of the loss issues the same collectives as one with fewer; the numbers are the same.
 

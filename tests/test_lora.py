@@ -201,7 +201,7 @@ def assert_near(folder, expected):
         assert a["eval_loss"] == (b["eval_loss"] and pytest.approx(b["eval_loss"], abs=1e-9))
 
 
-@pytest.mark.parametrize("worker", ["worker", "fsdp_worker"])
+@pytest.mark.parametrize("worker", [pytest.param("worker", marks=pytest.mark.slow), "fsdp_worker"])
 def test_two_processes_agree_with_one(alone, tmp_path, train_args, worker):
     """Under DDP, and on shards: also A and B as they are saved, and what they are merged into."""
     done = run(2, train_args(tmp_path / "run", *SHORT), worker)

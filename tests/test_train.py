@@ -196,7 +196,7 @@ def crash_after(monkeypatch, step):
     monkeypatch.setattr(run_folder.Log, "write", write_and_crash)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [r for r in RULES if r == "gmt" or r not in gmt.RULES])  # the others: test_presets.py
 def test_resume_is_bitwise(tmp_path, train_args, rows_file, rule, monkeypatch):
     """Cut in the middle of the second epoch, between two checkpoints; the same losses, masks and weights come out."""
     words = [
