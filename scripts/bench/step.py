@@ -28,6 +28,7 @@ from training.backend import build_optimizer
 SHAPES = {
     "1m": (128, 2, 4, 4, 352, 2048, True),
     "10m": (256, 10, 4, 4, 704, 8192, True),
+    "135m": (576, 30, 9, 3, 1536, 49152, True),  # SmolLM2-135M
     "1b": (2048, 16, 32, 8, 8192, 128256, True),  # Llama-3.2-1B
     "8b": (4096, 32, 32, 8, 14336, 128256, False),  # Llama-3-8B
 }
@@ -111,7 +112,7 @@ def step(
 
     def forward_backward():
         for rows in tokens.split(max(1, args.micro_batch_tokens // args.length)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda"):
                 logits = model(rows).logits[:, :-1].flatten(0, 1)
             (F.cross_entropy(logits.float(), rows[:, 1:].flatten(), reduction="sum") / args.tokens).backward()
 
@@ -155,6 +156,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep_ratio", type=float, default=0.2)
     parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
     parser.add_argument("--master_dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16 on a CPU, as on a GPU")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"of {list(WAYS)}")
