@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may touch the network; read w
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -120,6 +121,40 @@ def rows_file(tmp_path_factory) -> Path:
         words = " ".join(rng.choice(["apples", "pears", "and", "a", "of"]) for _ in range(rng.randint(1, 12)))
         rows.append({"query": f"{i} {words}?", "response": f" {words[: rng.randint(3, 60)]} The answer is: {i}"})
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The final model of a run's folder."""
+    return load_file(run / "final" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two models are, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def saved_bytes(model: torch.nn.Module, rows: int, length: int, trained: int) -> int:
+    """What autograd keeps of a forward pass and loss, beside the parameters."""
+    known, saved = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids, at = torch.zeros((rows, length), dtype=torch.long), torch.arange(trained)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.train()(input_ids=ids, positions=at, targets=at).sum()
+    return sum(t.untyped_storage().nbytes() for t in saved.values())
+
+
+@pytest.fixture(scope="session")
+def run_args(tmp_path_factory, train_args):
+    """train_args for 23 short examples, 5 steps of 4 an epoch."""
+    rows = [{"prompt": f"{i}{'?' * (i % 7)}", "response": "ab" * (i % 5 + 1)} for i in range(23)]
+    file = write_rows(tmp_path_factory.mktemp("short") / "rows.jsonl", rows)
+    short = ["--dataset", str(file), "--template", "prompt_response", "--global_batch_size", "4"]
+    return lambda folder, *more: train_args(folder, *short, *more)
 
 
 @pytest.fixture(scope="session")

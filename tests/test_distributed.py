@@ -6,8 +6,7 @@ import os
 import pytest
 import torch
 import transformers
-from conftest import make_model, read_metrics, torchrun, write_rows
-from safetensors.torch import load_file
+from conftest import make_model, read_metrics, torchrun, weights, write_rows
 from test_architectures import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
@@ -25,10 +24,6 @@ def run(processes, args, worker="worker", machines=1, **env):
 
 
 SAVING_MEMORY = ["--packing", "on", "--loss_chunk", "100", "--gradient_checkpointing", "true"]
-
-
-def weights(folder):
-    return load_file(folder / "final" / "model.safetensors")
 
 
 def check_weights(kept, model_dir, processes, shards):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, read_metrics, write_rows
+from conftest import make_model, read_metrics, same, saved_bytes, weights, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_distributed import run
@@ -25,16 +25,8 @@ FP64 = ["--master_dtype", "float64"]
 TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def weights(folder):
-    return load_file(folder / "final" / "model.safetensors")
-
-
 def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -250,17 +242,7 @@ def test_the_plans_activations_are_those_that_autograd_saves(tmp_path, train_arg
     model = load_weights(config.model)
     lora.add(config, model)
     losses.attach_loss(model, 0)
-    known, saved = {p.data_ptr() for p in model.parameters()}, {}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in known:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    ids, at = torch.zeros((3, 50), dtype=torch.long), torch.arange(100)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.train()(input_ids=ids, positions=at, targets=at).sum()
-    real = sum(t.untyped_storage().nbytes() for t in saved.values())
+    real = saved_bytes(model, 3, 50, 100)
     planned = plan.activation_bytes(config, AutoConfig.from_pretrained(model_dir), 3, 50, 100)
     assert abs(planned / real - 1) < 0.03, (planned, real)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model, read_metrics, write_rows
+from conftest import make_model, read_metrics, same, saved_bytes, weights
 from safetensors.torch import load_file
 from test_distributed import run
 from torch import nn
@@ -21,23 +21,6 @@ TUNING = ["--rule", "mask_tuning", "--learning_rate", "3e-3", "--lr_schedule", "
 FP64 = ["--master_dtype", "float64"]
 SAVING = ["--save_every", "2", "--log_masks_every", "5", "--eval_rows", "3"]
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def weights(folder):
-    return load_file(folder / "final" / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def run_args(tmp_path_factory, train_args):
-    """train_args for 23 short examples, 5 steps of 4 an epoch."""
-    rows = [{"prompt": f"{i}{'?' * (i % 7)}", "response": "ab" * (i % 5 + 1)} for i in range(23)]
-    file = write_rows(tmp_path_factory.mktemp("short") / "rows.jsonl", rows)
-    short = ["--dataset", str(file), "--template", "prompt_response", "--global_batch_size", "4"]
-    return lambda folder, *more: train_args(folder, *short, *more)
 
 
 @pytest.fixture(scope="module")
@@ -210,17 +193,7 @@ def test_the_plans_activations_are_those_that_autograd_saves(tmp_path, run_args,
     model = load_weights(config.model)
     mask_tuning.add(config, model)
     losses.attach_loss(model, 0)
-    known, saved = {p.data_ptr() for p in model.parameters()}, {}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in known:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    ids, at = torch.zeros((1, 8), dtype=torch.long), torch.arange(6)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.train()(input_ids=ids, positions=at, targets=at).sum()
-    real = sum(t.untyped_storage().nbytes() for t in saved.values())
+    real = saved_bytes(model, 1, 8, 6)
     planned = plan.activation_bytes(config, AutoConfig.from_pretrained(model_dir), 1, 8, 6)
     assert abs(planned / real - 1) < 0.03, (planned, real)
 

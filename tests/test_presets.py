@@ -7,8 +7,7 @@ Their equations are in test_gmt.py, their masks on shards in sharding_worker.py,
 
 import pytest
 import torch
-from conftest import read_metrics
-from safetensors.torch import load_file
+from conftest import read_metrics, weights
 from test_distributed import run
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from worker import exact_norm, load_with_unused_weight
@@ -32,10 +31,6 @@ def settings(rule: str) -> list[str]:
     more += ["--lr_schedule", "constant", *(["--lift_rank", "4"] if rule == "lift" else [])]
     more += ["--refresh_every", "2"] if gmt.RULES[rule].refresh_every > 1 else []
     return [*words(rule), *more]
-
-
-def weights(folder):
-    return load_file(folder / "final" / "model.safetensors")
 
 
 def assert_near(folder, expected):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_model, read_metrics, write_rows
+from conftest import make_model, read_metrics, same, weights, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -34,14 +34,6 @@ RULES = {
     "gmt paged 8 bit": ["--rule", "gmt", "--keep_ratio", "0.3", "--optimizer", "paged_adamw_8bit"],
     "gmt bf16": ["--rule", "gmt", "--keep_ratio", "0.3", "--master_dtype", "bfloat16", "--mixed_precision", "bf16"],
 }
-
-
-def weights(folder):
-    return load_file(folder / "final" / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # --- what a run is ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_model, read_metrics, write_rows
+from conftest import make_model, read_metrics, same, weights
 from safetensors.torch import load_file
 from test_distributed import run
 from torch import nn
@@ -25,23 +25,6 @@ MEZO = ["--optimizer", "mezo", "--learning_rate", "1e-4"]
 SUBZERO = ["--optimizer", "subzero", "--subzero_rank", "4", "--subzero_refresh_every", "3", "--learning_rate", "1e-3"]
 FIVE = ["--epochs", "1", "--lr_schedule", "constant", "--save_every", "2", "--eval_rows", "5"]  # steps
 FP64 = ["--master_dtype", "float64"]
-
-
-def weights(folder):
-    return load_file(folder / "final" / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def run_args(tmp_path_factory, train_args):
-    """train_args for 23 short examples, 5 steps of 4 an epoch."""
-    rows = [{"prompt": f"{i}{'?' * (i % 7)}", "response": "ab" * (i % 5 + 1)} for i in range(23)]
-    file = write_rows(tmp_path_factory.mktemp("short") / "rows.jsonl", rows)
-    short = ["--dataset", str(file), "--template", "prompt_response", "--global_batch_size", "4"]
-    return lambda folder, *more: train_args(folder, *short, *more)
 
 
 @pytest.fixture(autouse=True)
