@@ -36,9 +36,8 @@ def of_run(name: str, words: list[str], counted: dict[tuple, int]) -> tuple[list
     model = plan.on_meta(config, architecture)
     freeze(config, model)
     parameters = list(model.parameters())
-    held = plan.tensor_bytes(config, parameters, 1, False)
+    held = plan.held_bytes(config, model, build_masker(config, model), 1)
     final, checkpoint = held["weights"], held["weights"] + held["optimizer"]
-    held |= plan.mask_bytes(build_masker(config, model), 1, False)
     rows, length = config.global_batch_size, config.max_length
     if (how := (config.master_dtype, config.mixed_precision, config.adapter)) not in counted:
         counted[how] = plan.activation_bytes(config, architecture, rows, length, rows * (length - 1))
@@ -46,7 +45,7 @@ def of_run(name: str, words: list[str], counted: dict[tuple, int]) -> tuple[list
     flops = TOKENS * plan.flops_per_token(model, TOKENS / (config.max_steps * rows))
     hours = f"{flops / (0.4 * plan.PEAK_FLOPS['H100']) / 3600:.2f}"
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    memory, *disk = [f"{n / 2**30:.1f} GiB" for n in (sum(held.values()), final, checkpoint)]
+    memory, *disk = [f"{n / 2**30:.1f} GiB" for n in (plan.most_at_once(held), final, checkpoint)]
     return [name, f"{trained:,}", memory, hours, *disk], final, (config.keep_checkpoints + 1) * checkpoint
 
 
