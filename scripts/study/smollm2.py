@@ -94,6 +94,7 @@ class Size:
     golds: dict[str, int]  # test solutions of each task
     passages: int
     mmlu: int  # questions, for the base model
+    scored_in: str = "bfloat16"
 
 
 ALL = ("none", "gmt", "rmt", "gmt_frozen", "hft", "lora", "mofo", "shira", "sift", "drop")
@@ -345,12 +346,12 @@ def scored(folder: Path, model: Path, task: str) -> dict[str, Any]:
 
 
 def losses(folder: Path, model: Path) -> dict[str, float]:
-    """Nats per token on both tasks' test solutions, computed as in training, and on the passages, in fp32."""
+    """Nats per token on both tasks' test solutions and on the passages, in bf16."""
     data, out = folder / "data", model.parent / "eval"
     found = answer_losses(
         model, {t: (data / f"gold_{t}.jsonl", word) for t, word in TEMPLATES.items()}, 512, 4096, True
     )
-    words = ["--model", str(model), "--output_dir", str(out), "--dtype", "float32", "--batch_size", "8"]
+    words = ["--model", str(model), "--output_dir", str(out), "--dtype", "bfloat16", "--batch_size", "8"]
     scores = evaluation.main([*words, "--tasks", f"text_loss={data / 'wikipedia.jsonl'}", "--overwrite"])
     found["wikipedia"] = score_of(scores)
     return found
@@ -378,7 +379,7 @@ def score_base(folder: Path) -> dict[str, Any]:
     """Losses of the model before training, and its MMLU accuracy (open-instruct's format, without examples)."""
     with logged(folder / "logs" / "base.log"):
         found = losses(folder, folder / "model")
-        words = ["--model", str(folder / "model"), "--output_dir", str(folder / "eval"), "--dtype", "float32"]
+        words = ["--model", str(folder / "model"), "--output_dir", str(folder / "eval"), "--dtype", "bfloat16"]
         task = f"mmlu={folder / 'data' / 'mmlu.jsonl'}"
         scores = evaluation.main([*words, "--batch_size", "8", "--tasks", task, "--overwrite"])
         return {**found, "mmlu": score_of(scores)}
