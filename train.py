@@ -88,7 +88,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
 
     # --- training ----------------------------------------------------------------------------------------------------
     model.train()
-    objective = objectives.training
+    objective, tokens_per_step = objectives.training, examples.lengths.sum() / steps_in_epoch
     accumulate, clipping = gradient(config, model, optimizer.optimizer, backward)
     batches_of = functools.partial(step_batches, config, examples, packed, accelerator)
     zero_grad = functools.partial(zero_gradients, optimizer, accelerator)
@@ -125,7 +125,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         timer.lap("mask")
 
         # 4. the optimizer; a non-finite step is skipped (under fp16 the scaler has to see it, and skips it itself)
-        lr = config.learning_rate * lr_factor(config, step, total_steps, examples.lengths.sum() / steps_in_epoch)
+        lr = config.learning_rate * lr_factor(config, step, total_steps, tokens_per_step)
         set_learning_rate(optimizer, lr)
         if finite and masker.masked_weights != "momentum":  # masks, steps, and takes back the step where M = 0
             stats = masker.step(optimizer.optimizer, step, after_masking=clipping.after_masking, **wanted)
