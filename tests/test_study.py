@@ -293,6 +293,15 @@ def test_the_runs_of_the_real_study_come_middle_first_and_once():
     assert lora == {8 * rate for rate in SIZE.rates} and all(r.keep_ratio is None for r in runs if r.rule == "lora")
 
 
+def test_what_the_paper_compares_comes_first(real_lines):
+    first, seeds, others, other_seeds = (part(real_lines) for part in smollm2.SmolLM2(SIZE).parts())
+    assert {run.task for run in first + seeds} == {"gsm8k"} and len(first) == 5 * 4 + 10 + 3
+    assert {run.rule for run in first} == {"none", "gmt", "rmt", "gmt_frozen", "hft"}
+    assert [run.part for run in seeds] == ["seeds"] * 25 + ["clip"] * 2
+    assert set(first) < set(others) and set(seeds) < set(other_seeds)
+    assert set(others) == set(smollm2.rates_and_keep_ratios(SIZE))
+
+
 def test_the_seeds_take_the_rate_with_the_lowest_sum_of_losses():
     lines = [
         real_line("rates", task, rule, rate, 1000, new, retained)

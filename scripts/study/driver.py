@@ -51,7 +51,7 @@ class Run:
 class Study(Protocol):
     """What differs between studies. An instance is sent to worker processes: a frozen dataclass."""
 
-    threads: int  # of a worker; 0: torch's own number
+    threads: int  # of a worker; 0: all cores, divided among the workers
     processes: int  # runs at the same time
     may_grow: tuple[str, ...]  # settings that say which runs there are: no line depends on them
 
@@ -85,7 +85,8 @@ def run_study(study: Study, folder: Path, results: Path, processes: int, command
     if differing := [key for key in differences(old, settings) if key not in study.may_grow]:
         raise UserError(f"{about} is of a study with another {', '.join(differing)}: move {results} away")
     run_folder.write_json(about, {**content, "scale": settings})
-    workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker, (study.threads,))
+    threads = study.threads or max(1, torch.get_num_threads() // processes)
+    workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker, (threads,))
     with workers as pool:
         study.bases(folder, results, pool)
         for part in study.parts():
@@ -128,8 +129,7 @@ def read_lines(path: Path) -> Lines:
 
 def set_up_worker(threads: int) -> None:
     """Runs share the cores."""
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()
 
 
