@@ -1,4 +1,4 @@
-"""Gradient-Mask Tuning (GMT; Li et al., AAAI 2025, arXiv 2406.15330): the method, in one file that imports torch alone.
+"""Gradient-Mask Tuning (GMT; Li et al., AAAI 2025, arXiv 2406.15330): the method, in one file that needs torch and numpy.
 
 At optimizer step t let G be the accumulated gradient of one weight matrix of n entries. GMT hands the optimizer M * G:
 
@@ -15,7 +15,7 @@ In your own loop, between clipping and the optimizer's step, once per optimizer 
 
 T is found exactly, by counting instead of sorting: with the sign bit cleared, the integer order of IEEE bit patterns
 is the order of magnitudes. Histograms of the bits find T in one reading for 16-bit floats, two for fp32, four for fp64.
-On a CPU one reading serves for wide floats too: a random sample gives a bracket around T, what lies above it is
+On a CPU one reading serves for all: a random sample gives a bracket around T, what lies above it is
 counted, and T is found among the few entries inside. All of it goes in chunks, so that temporary memory hardly grows
 with the matrix. On a GPU gmt_triton.py does it, if it is there.
 
@@ -39,6 +39,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -632,8 +633,7 @@ class _Scorer(NamedTuple):
 
     def sample(self, m: _Matrix, count: int) -> Tensor:
         """(count,) scores of entries that are drawn at random; those of a random score are of other entries."""
-        counter = Entries(m.grad.new_empty(count), m.grad, 0, 0)
-        places = (score_random(counter).long() * m.grad.numel()) >> 31
+        places = (_draws(count, m.grad.device) * m.grad.numel()) >> 31
         grad = m.grad.take(places)
         # |G| has no use for the weights, which lie far apart in memory
         weight = grad if self.score is score_gradient else m.weight.take(places)
@@ -642,6 +642,13 @@ class _Scorer(NamedTuple):
     def _scores(self, m: _Matrix, offset: int, places: slice | Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         moment = functools.partial(self.moment_of, m.name, places, grad) if self.moment_of else None
         return self.score(Entries(grad, weight, offset, self.seeds[m.name], moment))
+
+
+@functools.lru_cache(maxsize=64)  # models have few shapes of matrices
+def _draws(count: int, device: torch.device) -> Tensor:
+    """(count,) int64, random numbers below 2**31, the same ones always; sorted, since memory is read faster so."""
+    nothing = torch.empty(count, device=device)
+    return score_random(Entries(nothing, nothing, 0, 0)).long().sort().values
 
 
 class _Selection(NamedTuple):
@@ -910,19 +917,19 @@ def kth_largest_keys(
 def _kth_largest_key(unit: list[_Matrix], scorer: _Scorer, k: int) -> Tensor:
     """The k-th largest key of matrices that this process has whole, by the fastest of three exact ways.
 
-    On a CPU: few keys are sorted in part; of wide keys one reading serves, where two histograms would take two.
+    On a CPU: few keys are sorted in part; for many one reading serves, without a histogram's 65,536 bins.
     """
     n = sum(m.numel for m in unit)
-    device, dtype = unit[0].grad.device, scorer.key_dtype(unit[0])
+    device = unit[0].grad.device
     if device.type == "cpu" and n < _SORT_BELOW:
         return torch.cat(list(scorer.keys(unit))).kthvalue(n - k + 1).values
-    if device.type == "cpu" and torch.iinfo(dtype).bits > _DIGIT_BITS:
-        drawn = min(_SAMPLE, n // 512 + 4096)
+    if device.type == "cpu":
+        drawn = min(_SAMPLE, n // 512 + 8192)
         sample = [magnitude_keys(scorer.sample(m, -(-drawn * m.numel // n))) for m in unit]
         found = _kth_in_bracket(scorer.keys(unit), *_bracket(torch.cat(sample), k / n), k, n)
         if found is not None:
             return found
-    return kth_largest_keys([functools.partial(scorer.keys, unit)], [k], dtype, device)[0]
+    return kth_largest_keys([functools.partial(scorer.keys, unit)], [k], scorer.key_dtype(unit[0]), device)[0]
 
 
 def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
@@ -930,38 +937,31 @@ def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
     s = sample.numel()
     spread = 3 * (s * share * (1 - share)) ** 0.5 + 1  # three standard deviations of the rank
     first, last = int(share * s - spread), int(share * s + spread) + 1  # ranks from the largest
-    high = int(sample.kthvalue(s - first + 1).values) if first >= 1 else torch.iinfo(sample.dtype).max
-    low = int(sample.kthvalue(s - last + 1).values) if last <= s else 0
-    return low, high
+    ranks = s - min(max(last, 1), s), s - min(max(first, 1), s)  # from the smallest, as places
+    low, high = (int(x) for x in np.partition(sample.numpy(), ranks)[list(ranks)])
+    return low if last <= s else 0, high if first >= 1 else torch.iinfo(sample.dtype).max
 
 
 def _kth_in_bracket(chunks: Iterable[Tensor], low: int, high: int, k: int, n: int) -> Tensor | None:
     """The k-th largest of n keys, in one reading; None where it is not in the bracket, or too many are.
 
-    Comparisons, which make a bool of each entry, are slow on a CPU; signs of differences are not. Of each four entries
-    at equal places of a chunk's quarters one look tells whether any is inside.
+    By numpy, whose comparisons, and search for the few that are inside, are several times faster than torch's on a CPU.
     """
-    above, at_or_above, inside, held = 0, 0, [], 0
-    for keys in chunks:
-        sign = torch.iinfo(keys.dtype).bits - 1
-        over = high - keys  # below 0 above the bracket
-        if low == high:
-            above -= int((over >> sign).sum(dtype=keys.dtype))
-            at_or_above += keys.numel() + int(((keys - low) >> sign).sum(dtype=keys.dtype))
+    exceed, inside, held = 0, [], 0  # keys above the bracket; those inside, and their number
+    for keys in (chunk.numpy() for chunk in chunks):
+        above, at_or_above = keys > high, keys >= low
+        exceed += np.count_nonzero(above)
+        if low == high:  # of one key they are but counted
+            held += np.count_nonzero(at_or_above) - np.count_nonzero(above)
             continue
-        outside = ((high - low) - over).bitwise_or_(over)  # below 0 outside of it
-        above -= int(over.bitwise_right_shift_(sign).sum(dtype=keys.dtype))
-        whole = keys.numel() // 4 * 4
-        hits = (outside[:whole].view(4, -1).amax(0) >= 0).nonzero().squeeze(1)
-        few = torch.cat([keys[:whole].view(4, -1).index_select(1, hits).flatten(), keys[whole:]])
-        inside.append(few[(few >= low) & (few <= high)])
-        held += inside[-1].numel()
+        inside.append(keys[np.flatnonzero(above ^ at_or_above)])
+        held += inside[-1].size
         if held > n // 8 + _SORT_BELOW:  # many equal keys
             return None
-    if low == high:
-        return torch.tensor(low) if above < k <= at_or_above else None
-    rank = k - above
-    return torch.cat(inside).kthvalue(held - rank + 1).values if 1 <= rank <= held else None
+    place = held - (k - exceed)  # from the smallest
+    if not 0 <= place < held:
+        return None
+    return torch.tensor(low if low == high else int(np.partition(np.concatenate(inside), place)[place]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -889,15 +889,3 @@ def test_frozen_weights_count_as_not_kept():
     matrices = [p for p in model.parameters() if p.dim() == 2]
     trained = sum(p.numel() for p in matrices if p.requires_grad)
     assert stats["kept_fraction"] == trained / sum(p.numel() for p in matrices) and stats["energy_kept"] is None
-
-
-def test_gmt_imports_torch_alone():
-    import ast
-    import sys
-    from pathlib import Path
-
-    tree = ast.parse(Path(gmt.__file__).read_text())
-    modules = {n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)}
-    modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    needed = {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names)
-    assert needed - {"gmt_triton"} == {"torch"}  # it goes without gmt_triton
