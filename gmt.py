@@ -1,4 +1,4 @@
-"""Gradient-Mask Tuning (GMT; Li et al., AAAI 2025, arXiv 2406.15330): the method, in one file that needs torch and numpy.
+"""Gradient-Mask Tuning (GMT; Li et al., AAAI 2025, arXiv 2406.15330): the method, in a file that needs torch and numpy.
 
 At optimizer step t let G be the accumulated gradient of one weight matrix of n entries. GMT hands the optimizer M * G:
 
