@@ -799,10 +799,10 @@ _INTEGER_OF = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
-_DIGIT_BITS = 16  # a histogram has at most 2**16 bins; a key of 31 bits takes two passes
+_DIGIT_BITS = 16  # a histogram has at most 2**16 bins; a key of 31 bits takes two readings
 _SORT_BELOW = 1 << 16  # entries; on a CPU kthvalue is fastest there, and as exact
 _SAMPLE = 1 << 16  # entries at most that are drawn to guess a threshold
-_SHARDED_BUCKET = 16  # matrices whose histograms (0.5 MiB each) share a collective
+_SHARED_BINS = 1 << 20  # of the histograms (8 bytes a bin) that share a collective
 
 
 def magnitude_keys(scores: Tensor) -> Tensor:
@@ -857,24 +857,37 @@ def _kth_largest_keys_of_shards(
     units: list[list[_Matrix]], ks: list[int], scorer: _Scorer, all_reduce: _AllReduce
 ) -> Iterator[Tensor]:
     """The k-th largest key of each unit, from this process's parts; some of them at a time share a collective."""
-    for i in range(0, len(units), _SHARDED_BUCKET):
-        bucket = units[i : i + _SHARDED_BUCKET]
+    some = _SHARED_BINS >> _DIGIT_BITS
+    for i in range(0, len(units), some):
+        bucket = units[i : i + some]
         sources = [functools.partial(scorer.keys, unit) for unit in bucket]
         dtype, device = scorer.key_dtype(bucket[0][0]), bucket[0][0].grad.device
-        yield from kth_largest_keys(sources, ks[i : i + _SHARDED_BUCKET], dtype, device, all_reduce)
+        yield from kth_largest_keys(sources, ks[i : i + some], dtype, device, all_reduce)
 
 
-def _histogram(keys: Tensor, shift: int, prefix: Tensor | None) -> Tensor:
-    """Counts (2**16,) int64 of the 16-bit digit at `shift`, over the keys whose higher bits equal `prefix`."""
-    bins = 1 << _DIGIT_BITS
+def _digits(bits: int) -> Iterator[tuple[int, int]]:
+    """(shift, width) of the digits of a key of so many bits, from the highest."""
+    while bits:
+        width = min(bits, _DIGIT_BITS)
+        bits -= width
+        yield bits, width
+
+
+def _histogram(keys: Tensor, shift: int, width: int, prefix: Tensor | None) -> Tensor:
+    """Counts (2**width,) int64 of the digit at `shift`, over the keys whose higher bits equal `prefix`.
+
+    On a GPU a digit of 0 is not counted: of many zeros each would wait for the one before at the same address.
+    """
+    bins = 1 << width
     digit = (keys >> shift) & (bins - 1)
-    inside = None if prefix is None else (keys >> (shift + _DIGIT_BITS)) == prefix
+    inside = None if prefix is None else (keys >> (shift + width)) == prefix
     # On a GPU bincount and boolean indexing wait for the host; histc does not, and skips what is out of range. Its
     # fp32 counts are exact up to 2**24, the size of a chunk. torch calls it nondeterministic, though a count is not.
     if keys.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
         return torch.bincount(digit if inside is None else digit[inside], minlength=bins)
-    digit = digit if inside is None else torch.where(inside, digit, -1)
-    return torch.histc(digit.float(), bins=bins, min=0, max=bins).long()
+    digit = digit if inside is None else torch.where(inside, digit, 0)
+    counts = torch.histc(digit.float(), bins=bins, min=0.5, max=bins + 0.5).long()  # a power of 2: nothing is rounded
+    return counts.roll(1)  # the last, of a digit that there is not, is 0
 
 
 def kth_largest_keys(
@@ -884,7 +897,7 @@ def kth_largest_keys(
     device: torch.device,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
-    """For each of several sets of keys its k-th largest, exactly: radix selection from the highest 16-bit digit down.
+    """For each of several sets of keys its k-th largest, exactly: radix selection from the highest digit down.
 
     Counts add: over chunks, and, by all_reduce, over the shards of a matrix. So a process needs only its own part.
 
@@ -898,19 +911,19 @@ def kth_largest_keys(
     """
     k = torch.stack([torch.full((), k, dtype=torch.int64, device=device) for k in ks])  # without waiting for a copy
     prefix = torch.zeros_like(k)  # the digits found so far
-    top = torch.iinfo(dtype).bits - _DIGIT_BITS
-    for shift in range(top, -1, -_DIGIT_BITS):
-        counts = torch.zeros(len(ks), 1 << _DIGIT_BITS, dtype=torch.int64, device=device)
+    bits = torch.iinfo(dtype).bits - 1
+    for shift, width in _digits(bits):
+        counts = torch.zeros(len(ks), 1 << width, dtype=torch.int64, device=device)
         for row, source, p in zip(counts, sources, prefix, strict=True):
             for keys in source():
-                row += _histogram(keys, shift, None if shift == top else p)
+                row += _histogram(keys, shift, width, None if shift + width == bits else p)
         if all_reduce:
             all_reduce(counts)
-        # how many have this digit or a larger one: the k-th largest has the last digit for which that is enough
+        # how many have this digit or a larger one: the k-th largest has the last digit for which that is enough, or 0
         at_or_above = counts.flip(1).cumsum(1).flip(1)
-        digit = (at_or_above >= k.unsqueeze(1)).sum(1, keepdim=True) - 1
+        digit = ((at_or_above >= k.unsqueeze(1)).sum(1, keepdim=True) - 1).clamp(min=0)
         k = k - (at_or_above.gather(1, digit) - counts.gather(1, digit)).squeeze(1)  # rank among those that share it
-        prefix = (prefix << _DIGIT_BITS) | digit.squeeze(1)
+        prefix = (prefix << width) | digit.squeeze(1)
     return prefix
 
 

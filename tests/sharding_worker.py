@@ -101,7 +101,7 @@ def main() -> None:
         mesh = init_device_mesh("cpu", (n,))
     else:
         mesh = init_device_mesh("cpu", (n // 2, 2), mesh_dim_names=("replicate", "shard"))
-    gmt._SHARDED_BUCKET = 5  # several collectives
+    gmt._SHARED_BINS = 5 << gmt._DIGIT_BITS  # several collectives
     for dtype in (torch.float32, torch.bfloat16):
         for rule in ("gmt", "rmt"):
             for scope in ("tensor", "model"):

@@ -39,16 +39,18 @@ def tensors(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", ["kthvalue", "bracket", "missed bracket", "bincount", "histc"])
+@pytest.mark.parametrize("path", ["kthvalue", "bracket", "missed bracket", "bincount", "histc", "histc of 11 bits"])
 def test_mask_is_that_of_a_full_sort(dtype, path, monkeypatch):
     """Each of the ways to the threshold, on every kind of tensor, with chunks smaller than the tensor."""
     monkeypatch.setitem(gmt._CHUNK, "cpu", 1000)
     monkeypatch.setattr(gmt, "_SORT_BELOW", 10**9 if path == "kthvalue" else 0)
     if path == "missed bracket":
         monkeypatch.setattr(gmt, "_bracket", lambda sample, share: (int(sample.max()) // 2, int(sample.max()) - 1))
-    if path in ("bincount", "histc"):
+    if path == "histc of 11 bits":
+        monkeypatch.setattr(gmt, "_DIGIT_BITS", 11)
+    if path == "bincount" or path.startswith("histc"):
         monkeypatch.setattr(gmt, "_kth_in_bracket", lambda *args: None)
-    if path == "histc":  # the GPU's way, on the CPU
+    if path.startswith("histc"):  # the GPU's way, on the CPU
         monkeypatch.setattr(torch, "bincount", histc_instead_of_bincount)
     for name, t in tensors(dtype):
         for ratio in (1e-9, 0.05, 0.2, 0.5, 0.999, 1.0):
@@ -57,7 +59,7 @@ def test_mask_is_that_of_a_full_sort(dtype, path, monkeypatch):
 
 
 def histc_instead_of_bincount(keys, minlength):
-    return torch.histc(keys.float(), bins=minlength, min=0, max=minlength).long()
+    return torch.histc(keys.float(), bins=minlength, min=0.5, max=minlength + 0.5).long().roll(1)
 
 
 def test_gpu_histogram_counts_as_the_cpu_one():
@@ -68,9 +70,12 @@ def test_gpu_histogram_counts_as_the_cpu_one():
 
     keys = torch.randint(0, 2**31 - 1, (5000,), dtype=torch.int32)
     keys[:700] = keys[0]
-    for shift, prefix in ((16, None), (0, keys[0] >> 16)):
-        here, there = (gmt._histogram(k, shift, prefix) for k in (keys, keys.as_subclass(Elsewhere)))
-        assert torch.equal(here, there.as_subclass(torch.Tensor)) and int(here.sum()) in (5000, *range(700, 710))
+    keys[-900:] = 0
+    for shift, width, prefix in ((16, 15, None), (0, 16, keys[0] >> 16), (20, 11, None), (9, 11, keys[0] >> 20)):
+        here, there = (gmt._histogram(k, shift, width, prefix) for k in (keys, keys.as_subclass(Elsewhere)))
+        assert int(here.sum()) == 5000 if prefix is None else 700 <= int(here.sum()) < 1000
+        here[0] = 0
+        assert torch.equal(here, there.as_subclass(torch.Tensor))
 
 
 def test_empty_and_wrong_k():

@@ -118,8 +118,8 @@ def _mask_all(report: Report, what: str, gradients: dict[str, torch.Tensor], rep
     ks = [gmt.keep_count(n, KEEP_RATIO) for n in numbers]
     space = torch.empty_like(max(gradients.values(), key=torch.numel)).view(-1)
 
-    def plain():
-        with patch.object(gmt, "_kernels", lambda: None):
+    def plain(digit_bits):
+        with patch.object(gmt, "_kernels", lambda: None), patch.object(gmt, "_DIGIT_BITS", digit_bits):
             masker.mask_gradients(0, check_finite=False)
 
     def topk():
@@ -129,7 +129,8 @@ def _mask_all(report: Report, what: str, gradients: dict[str, torch.Tensor], rep
             g.zero_().view(-1).index_copy_(0, kept, values)
 
     ways = {"copy": lambda: [space[: g.numel()].copy_(g.view(-1)) for g in gradients.values()], "topk": topk}
-    ways["plain"] = plain
+    ways["plain"] = lambda: plain(gmt._DIGIT_BITS)
+    ways["plain, 11-bit digits"] = lambda: plain(11)  # their histograms fit a multiprocessor's shared memory
     kernels, why_not = _kernels(gradients.values())
     if kernels:
         ways["Triton"] = lambda: kernels.mask_(units, kernels.kth_largest_keys(units, ks, numbers))
