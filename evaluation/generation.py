@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from common.compatibility import refuse_unscorable
 from common.config import EvalConfig, UserError
 from common.hub import from_pretrained, load_weights
+from evaluation.cache import RoomyCache, places
 
 NOT_A_NUMBER = "the model's logits are no numbers (NaN): its weights are damaged, or overflow in this --dtype"
 MOST_LOGITS = 8192  # positions whose logits exist at once: 2 GiB in bf16 at a vocabulary of 128k
@@ -65,7 +66,7 @@ def load_for_generation(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, 
 @torch.inference_mode()
 def bytes_per_token(network: torch.nn.Module) -> int:
     """Bytes of the keys and values of one token, in all layers."""
-    cache = DynamicCache()
+    cache = RoomyCache()
     network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=network.device), past_key_values=cache, use_cache=True)
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
@@ -104,7 +105,7 @@ class Batch:
     rows: list[int]  # which prompt each row belongs to
     input_ids: Tensor  # (rows, new) int64: tokens whose keys and values are not in the cache yet
     mask: Tensor  # (rows, columns) int64: 0 on padding
-    cache: DynamicCache
+    cache: RoomyCache
 
 
 @torch.inference_mode()
@@ -158,7 +159,7 @@ def continue_rows(
         free = batch_size - len(running.rows) if running else batch_size
         if waiting and free >= math.ceil(batch_size / 4):
             fresh, waiting = waiting[:free], waiting[free:]
-            batch = Batch(fresh, *pad_left(model, [prompts[r] for r in fresh]), DynamicCache())
+            batch = Batch(fresh, *pad_left(model, [prompts[r] for r in fresh]), RoomyCache())
             step(batch)
             running = concatenate(running, batch) if running and batch.rows else running or batch
         else:
@@ -169,23 +170,26 @@ def continue_rows(
 
 
 def keep_rows(batch: Batch, keep: list[int]) -> None:
-    """Keep these rows of a batch, and drop its first columns if they are padding in all of them."""
-    kept = torch.tensor(keep, dtype=torch.long, device=batch.mask.device)
-    batch.rows, batch.input_ids, batch.mask = [batch.rows[i] for i in keep], batch.input_ids[kept], batch.mask[kept]
+    """Keep these rows of a batch, and drop its first columns if they are padding in all of them.
+
+    The last ones move to the places of those that are gone: few are copied.
+    """
+    holes, movers = places(keep)
+    order = list(range(len(keep)))
+    for hole, mover in zip(holes, movers, strict=True):
+        order[hole] = mover
+    kept = torch.tensor(order, dtype=torch.long, device=batch.mask.device)
+    batch.rows, batch.input_ids, batch.mask = [batch.rows[i] for i in order], batch.input_ids[kept], batch.mask[kept]
     padding = int(batch.mask.argmax(-1).min()) if keep else 0
     batch.mask = batch.mask[:, padding:]
-    for layer in batch.cache.layers:
-        layer.keys, layer.values = layer.keys[kept, :, padding:], layer.values[kept, :, padding:]
+    batch.cache.keep_rows(keep, padding)
 
 
 def concatenate(a: Batch, b: Batch) -> Batch:
     """One batch of the rows of two, the narrower one padded on the left."""
     width = max(a.mask.shape[1], b.mask.shape[1])
     mask = torch.cat([pad(x.mask, (width - x.mask.shape[1], 0)) for x in (a, b)])
-    for mine, other in zip(a.cache.layers, b.cache.layers, strict=True):
-        for name in ("keys", "values"):  # (rows, heads, columns, size); the last token's are not there yet
-            both = [getattr(layer, name) for layer in (mine, other)]
-            setattr(mine, name, torch.cat([pad(x, (0, 0, width - 1 - x.shape[2], 0)) for x in both]))
+    a.cache.append_rows(b.cache, width - 1)  # the last token's keys are not there yet
     return Batch(a.rows + b.rows, torch.cat([a.input_ids, b.input_ids]), mask, a.cache)
 
 

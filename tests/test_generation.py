@@ -28,6 +28,7 @@ from transformers import (
 import eval as evaluation
 from common.config import EvalConfig, UserError
 from evaluation import generation
+from evaluation.cache import RoomyCache, places
 from evaluation.generation import Decoding, Scored
 from evaluation.requests import encode, make_requests
 from evaluation.task_run import TaskRun
@@ -441,3 +442,38 @@ def test_killed_on_two_processes_and_gone_on_with_three(short, tmp_path):
     done = torchrun(3, "eval.py", *words(tmp_path, short, "cut"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert answers(tmp_path / "cut") == answers(tmp_path / "whole")
+
+
+def test_a_cache_with_room_holds_what_concatenation_would():
+    """Random steps, ends of rows and new rows, against a list of rows that are never padded."""
+    rng, heads, size = torch.Generator().manual_seed(0), 2, 3
+    rows: list[torch.Tensor] = []  # the keys of each row, (heads, columns, size), padding included
+    cache, copies, steps, memory = None, 0, 0, None
+    for _ in range(400):
+        what = int(torch.randint(0, 10, (), generator=rng))
+        if what == 0 or not rows:  # new rows
+            new = torch.randn(int(torch.randint(1, 4, (), generator=rng)), heads, 5, size, generator=rng)
+            other = RoomyCache()
+            other.update(new, -new, 0)
+            columns = max(5, rows[0].shape[1]) if rows else 5
+            padded = [torch.nn.functional.pad(x, (0, 0, columns - x.shape[1], 0)) for x in (*rows, *new)]
+            if rows:
+                cache.append_rows(other, columns)
+            rows, cache = padded, cache if rows else other
+        elif what == 1:  # some rows end, and a column of padding goes
+            keep = [i for i in range(len(rows)) if torch.rand((), generator=rng) < 0.7]
+            holes, movers = places(keep)
+            for hole, mover in zip(holes, movers, strict=True):
+                rows[hole] = rows[mover]
+            rows = [x[:, 1:] for x in rows[: len(keep)]]
+            cache.keep_rows(keep, 1)
+        else:  # a step
+            new = torch.randn(len(rows), heads, 1, size, generator=rng)
+            rows = [torch.cat([x, n], 1) for x, n in zip(rows, new, strict=True)]
+            keys, _ = cache.update(new, -new, 0)
+            copies, steps = copies + (keys.untyped_storage().data_ptr() != memory), steps + 1
+            memory = keys.untyped_storage().data_ptr()
+        if rows:
+            assert torch.equal(cache.layers[0].keys, torch.stack(rows))
+            assert torch.equal(cache.layers[0].values, -torch.stack(rows))
+    assert steps > 250 and copies < steps / 3  # new rows copy all, a step only now and then
