@@ -464,13 +464,15 @@ def test_a_difference_below_the_margin_is_none(real_lines):
 
 def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path):
     about = {"scale": {**asdict(SIZE), "files": {}}, "git_commit": "0", "versions": {"torch": "2"}}
-    about["hardware"] = {"cpu_count": 2, "gpu": None}
+    about |= {"processes": 2, "hardware": {"cpu_count": 2, "gpu": None}}
     (tmp_path / "study.json").write_text(json.dumps(about))
     text = smollm2_report.write_report(tmp_path)  # as in the first minutes
     assert "Before training: not run yet." in text and "rates 0 of 55 runs; keep_ratio 0 of 10" in text
     assert "| gmt learns more of the new skill than none (SFT) | not run yet | not run yet |" in text
     some = smollm2_report.header(SIZE, real_lines[:15], about, {})
-    assert "rates 12 of 55 runs; keep_ratio 3 of 10" in some and "seeds and clip wait for the part rates" in some
+    assert "rates 12 of 55 runs; keep_ratio 3 of 10" in some and "wait for the rates of the rules that the pap" in some
+    papers = [x for x in real_lines if x["part"] not in ("seeds", "clip") and x["rule"] in smollm2.PAPER]
+    assert "seeds 0 of 25 runs; clip 0 of 2" in smollm2_report.header(SIZE, papers, about, {})
     (tmp_path / "bases.json").write_text(json.dumps({"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}))
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines))
     text = smollm2_report.write_report(tmp_path)

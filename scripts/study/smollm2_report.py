@@ -25,6 +25,7 @@ from scripts.study.smollm2 import (
     TUNING_SEED,
     Size,
     choose_rate,
+    papers,
     rates_and_keep_ratios,
     seeds_and_clipping,
 )  # fmt: skip
@@ -215,15 +216,15 @@ def header(size: Size, lines: Lines, about: dict, base: dict) -> str:
     for part in ("rates", "keep_ratio"):
         of_part = [run for run in planned if run.part == part]
         counts.append(f"{part} {len(of_part) - sum(run.part == part for run in left)} of {len(of_part)} runs")
-    if left:
-        counts.append("seeds and clip wait for the part rates")
+    if missing(rates_and_keep_ratios(papers(size)), lines):
+        counts.append("seeds and clip wait for the rates of the rules that the paper compares")
     else:
-        later = seeds_and_clipping(size, lines)
+        later = seeds_and_clipping(papers(size) if left else size, lines)
         waiting = missing(later, lines)
         for part in ("seeds", "clip"):
             total = sum(run.part == part for run in later)
             counts.append(f"{part} {total - sum(run.part == part for run in waiting)} of {total} runs")
-    hours = sum(x.get("train_seconds", 0) + x["score_seconds"] for x in lines) / 3600
+    hours = sum(x.get("train_seconds", 0) + x["score_seconds"] for x in lines) / 3600 / about["processes"]
     hardware, before = about["hardware"], NOT_YET
     if base:
         before = ", ".join(f"{TASKS.get(key, 'Wikipedia')} {base[key]:.4f}" for key in (*TASKS, "wikipedia"))
