@@ -30,9 +30,12 @@ def test_it_measures(script, tmp_path):
 
 @pytest.mark.slow
 def test_training_of_a_model_that_is_there(model_dir, tmp_path):
-    found = measured("train.py", tmp_path / "results.json", "--model", str(model_dir))
+    words = ("--model", str(model_dir), "--bf16", "--micro_batch_tokens", "512", "1024")
+    found = measured("train.py", tmp_path / "results.json", *words)
     assert found["settings"]["model"] == str(model_dir)
-    assert [row["way"] for row in found["rows"]] == ["train.py", "SFTTrainer, 2 rows"]
+    assert [row["way"] for row in found["rows"]] == [
+        "train.py, 512 tokens", "train.py, 1024 tokens", "SFTTrainer, 2 rows"
+    ]  # fmt: skip
     assert all(row["tokens_per_second"] > 0 for row in found["rows"])
 
 

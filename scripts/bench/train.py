@@ -5,7 +5,7 @@
     python scripts/bench/train.py --hidden 2048 --layers 16 --heads 32 --kv_heads 8 --intermediate 8192 \\
         --vocabulary 128256 --gradient_checkpointing --attention flash_attention_2 --micro_batch_tokens 16384 \\
         --global_batch_size 64 --steps 8 --batch_sizes 4 16                          # the shape of a 1B, on a GPU
-    python scripts/bench/train.py --model FOLDER [--micro_batch_tokens 2048]          # a real model
+    python scripts/bench/train.py --model FOLDER --bf16 --micro_batch_tokens 512 2048 16384 --compile    # a real model
 
 Both get the same model (random without --model), rows, global batch size, optimizer, precision and attention. train.py
 runs with its defaults, but for the tokens of a micro-batch, by which memory is matched. SFTTrainer groups rows by
@@ -83,7 +83,7 @@ def count_tokens(args: argparse.Namespace, folder: Path) -> int:
     return sum(min(n, KINDS[args.data][2]) for n in lengths)
 
 
-def ours(args: argparse.Namespace, folder: Path) -> list[float]:
+def ours(args: argparse.Namespace, folder: Path, micro_batch_tokens: int, compiled: bool) -> list[float]:
     """Seconds of each step of train.py."""
     import train
 
@@ -91,9 +91,9 @@ def ours(args: argparse.Namespace, folder: Path) -> list[float]:
         "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), "--output_dir", str(folder / "ours"),
         "--template", "prompt_response", "--rule", "none", "--epochs", "1", "--learning_rate", "1e-5",
         "--global_batch_size", str(args.global_batch_size), "--max_length", str(KINDS[args.data][2]),
-        "--micro_batch_tokens", str(args.micro_batch_tokens), "--attention", args.attention,
-        "--lr_schedule", "constant",
-        "--mixed_precision", "bf16" if bench.device().type == "cuda" else "fp32",
+        "--micro_batch_tokens", str(micro_batch_tokens), "--attention", args.attention,
+        "--lr_schedule", "constant", "--compile", str(compiled),
+        "--mixed_precision", "bf16" if args.bf16 or bench.device().type == "cuda" else "fp32",
         "--gradient_checkpointing", str(args.gradient_checkpointing),
     ])  # fmt: skip
     lines = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
@@ -129,8 +129,8 @@ def theirs(args: argparse.Namespace, folder: Path, batch_size: int, packing: boo
     config = trl.SFTConfig(
         str(folder / "theirs"), per_device_train_batch_size=batch_size, num_train_epochs=1, learning_rate=1e-5,
         gradient_accumulation_steps=args.global_batch_size // batch_size if not packing else 1, report_to="none",
-        lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True, use_cpu=not gpu, bf16=gpu,
-        max_length=KINDS[args.data][2] if not packing else args.micro_batch_tokens, optim="adamw_torch_fused",
+        lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True, use_cpu=not gpu, bf16=gpu or args.bf16,
+        max_length=KINDS[args.data][2] if not packing else args.micro_batch_tokens[0], optim="adamw_torch_fused",
         gradient_checkpointing=args.gradient_checkpointing, packing=packing, logging_steps=1, max_grad_norm=1.0,
         **({} if packing else {"train_sampling_strategy": "group_by_length"}),
     )  # fmt: skip
@@ -145,30 +145,36 @@ def main() -> None:
     parser.add_argument("--model", default="", help="folder of a model and its tokenizer, instead of a random one")
     for name, value in {
         "hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "intermediate": 344, "vocabulary": 16000, "steps": 6,
-        "global_batch_size": 32, "micro_batch_tokens": 1024, "rounds": 2,
+        "global_batch_size": 32, "rounds": 2,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4, 8], help="of SFTTrainer")
+    parser.add_argument("--micro_batch_tokens", type=int, nargs="+", default=[1024], help="of train.py")
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[2, 4, 8], help="of SFTTrainer")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16 on a CPU, as on a GPU")
+    parser.add_argument("--compile", action="store_true", help="train.py also with --compile, at the last of its sizes")
     parser.add_argument("--data", choices=KINDS, default="word problems")
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--json", default="")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # folder, batch size (0: ours), packing
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # folder, a way as JSON: function and arguments
     args = parser.parse_args()
     if args.one:
-        folder, batch_size, packing = Path(args.one[0]), int(args.one[1]), args.one[2] == "packing"
-        seconds = theirs(args, folder, batch_size, packing) if batch_size else ours(args, folder)
+        whose, *how = json.loads(args.one[1])
+        seconds = {"ours": ours, "theirs": theirs}[whose](args, Path(args.one[0]), *how)
         print(json.dumps({"seconds": seconds, "peak_gib": bench.peak_bytes() / 2**30}))
         return
-    ways = {"train.py": ("0", ""), **{f"SFTTrainer, {n} rows": (str(n), "") for n in args.batch_sizes}}
+    ways: dict[str, tuple] = {f"train.py, {n} tokens": ("ours", n, False) for n in args.micro_batch_tokens}
+    if args.compile:
+        ways["train.py, compiled"] = ("ours", args.micro_batch_tokens[-1], True)
+    ways |= {f"SFTTrainer, {n} rows": ("theirs", n, False) for n in args.batch_sizes}
     if args.attention == "flash_attention_2":
-        ways["SFTTrainer, packed"] = ("1", "packing")
+        ways["SFTTrainer, packed"] = ("theirs", 1, True)
     found: dict[str, list[dict]] = {name: [] for name in ways}
     for _ in range(args.rounds):  # in turn: what disturbs the machine disturbs all alike
         for name, way in ways.items():
             with tempfile.TemporaryDirectory() as folder:
                 make(args, Path(folder))
-                command = [sys.executable, *sys.argv, "--one", folder, *way]
+                command = [sys.executable, *sys.argv, "--one", folder, json.dumps(way)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
