@@ -418,6 +418,10 @@ def test_the_real_report_finds_what_is_there_and_nothing_else(real_lines):
     sensitive = claims["gmt is insensitive to keep_ratio"]
     assert sensitive["gsm8k"].startswith("**does not hold**") and "at 0.05" in sensitive["gsm8k"]
     assert sensitive["mbpp"] == "not compared"
+    early = [x for x in real_lines if x["seed"] != 4 and (x["part"], x["keep_ratio"]) != ("keep_ratio", 0.7)]
+    claims = smollm2_report.claims(SIZE, smollm2_report.with_excess(early), base)
+    assert claims["gmt, frozen retains more than none (SFT)"]["gsm8k"] == "not run yet: 4 of 5 seeds are there"
+    assert claims["gmt is insensitive to keep_ratio"]["gsm8k"] == "not run yet: 2 runs are missing"
     contrary = [{**x, "retained": x["retained"] + 0.1 * (x["rule"] == "gmt_frozen")} for x in real_lines]
     claims = smollm2_report.claims(SIZE, smollm2_report.with_excess(contrary), base)
     assert claims["gmt, frozen retains more than none (SFT)"]["gsm8k"].startswith("**the contrary holds**")
