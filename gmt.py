@@ -633,7 +633,7 @@ class _Scorer(NamedTuple):
 
     def sample(self, m: _Matrix, count: int) -> Tensor:
         """(count,) scores of entries that are drawn at random; those of a random score are of other entries."""
-        places = (_draws(count, m.grad.device) * m.grad.numel()) >> 31
+        places = _draws(count, m.grad.device).long().mul_(m.grad.numel()).bitwise_right_shift_(31)
         grad = m.grad.take(places)
         # |G| has no use for the weights, which lie far apart in memory
         weight = grad if self.score is score_gradient else m.weight.take(places)
@@ -646,9 +646,9 @@ class _Scorer(NamedTuple):
 
 @functools.lru_cache(maxsize=64)  # models have few shapes of matrices
 def _draws(count: int, device: torch.device) -> Tensor:
-    """(count,) int64, random numbers below 2**31, the same ones always; sorted, since memory is read faster so."""
+    """(count,) int32, random numbers below 2**31, the same ones always; sorted, since memory is read faster so."""
     nothing = torch.empty(count, device=device)
-    return score_random(Entries(nothing, nothing, 0, 0)).long().sort().values
+    return score_random(Entries(nothing, nothing, 0, 0)).sort().values
 
 
 class _Selection(NamedTuple):
@@ -937,7 +937,7 @@ def _kth_largest_key(unit: list[_Matrix], scorer: _Scorer, k: int) -> Tensor:
     if device.type == "cpu" and n < _SORT_BELOW:
         return torch.cat(list(scorer.keys(unit))).kthvalue(n - k + 1).values
     if device.type == "cpu":
-        drawn = min(_SAMPLE, n // 512 + 8192)
+        drawn = min(_SAMPLE, n // 512 + 4096)
         sample = [magnitude_keys(scorer.sample(m, -(-drawn * m.numel // n))) for m in unit]
         found = _kth_in_bracket(scorer.keys(unit), *_bracket(torch.cat(sample), k / n), k, n)
         if found is not None:
