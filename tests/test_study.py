@@ -1,5 +1,6 @@
 """The study: its world, its choice of rates, its statistics and its report: pytest tests/test_study.py"""
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -15,6 +16,8 @@ import pytest
 import torch
 from conftest import ROOT, make_model, needs_sandbox
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.config import UserError
 from scripts.quickstart.data import OLD_SKILLS
@@ -23,6 +26,7 @@ from scripts.study import data as study_data
 from scripts.study import driver, smollm2, smollm2_report
 from scripts.study import miniature as study
 from scripts.study import miniature_report as study_report
+from scripts.study.bf16 import ByFp32
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -266,7 +270,7 @@ def frontier(new):
 def real_lines():
     """A world on one frontier, but for gmt frozen, which retains 0.02 more on GSM8K, and keep_ratio 0.05 there."""
     rng, lines = np.random.default_rng(0), []
-    for run in smollm2.rates_and_keep_ratios(SIZE):
+    for run in smollm2.one_seed_runs(SIZE):
         place = np.log2(run.learning_rate / 1e-4) - (3 if run.rule == "lora" else 0)
         new = 0.95 - 0.05 * place + (0.05 if run.keep_ratio == 0.05 else 0)
         better = 0.02 if (run.task, run.rule) == ("gsm8k", "gmt_frozen") else 0
@@ -274,7 +278,7 @@ def real_lines():
         lines.append(real_line(*(getattr(run, x) for x in driver.Run.__annotations__ if x != "keep_ratio"), *scores))
         lines[-1]["keep_ratio"] = run.keep_ratio
     lines += [{**x, "rule": "drop", "keep_ratio": 0.2, "new": x["new"] + 0.01} for x in lines if x["rule"] == "none"]
-    for run in smollm2.seeds_and_clipping(SIZE, lines):
+    for run in smollm2.seed_runs(SIZE, lines):
         new = 0.9 + rng.normal() / 1000
         better = 0.02 if (run.task, run.rule) == ("gsm8k", "gmt_frozen") else 0
         retained = frontier(new) - better + rng.normal() / 2000
@@ -283,23 +287,24 @@ def real_lines():
 
 
 def test_the_runs_of_the_real_study_come_middle_first_and_once():
-    runs = smollm2.rates_and_keep_ratios(SIZE)
-    assert len(runs) == len(set(runs)) == (9 * 4 + 10 + 3) + 4 * 4
+    runs = smollm2.one_seed_runs(SIZE)
+    assert len(runs) == len(set(runs)) == (9 * 4 + 10 + 2 + 3) + 4 * 4
     assert {(run.rule, run.learning_rate) for run in runs[:4]} == {("none", rate) for rate in SIZE.rates}
     assert {run.learning_rate for run in runs[4:12] if run.rule != "lora"} == {2e-4}
     assert {run.rule for run in runs[4:12]} == set(smollm2.ALL) - {"none", "drop"}
-    assert {run.keep_ratio for run in runs[12:17]} == {0.01, 0.05, 0.1, 0.4, 0.7}
+    assert [(r.rule, r.learning_rate) for r in runs[12:14]] == [("gmt_clip_after", 2e-4), ("rmt_clip_after", 2e-4)]
+    assert {run.keep_ratio for run in runs[14:19]} == {0.01, 0.05, 0.1, 0.4, 0.7}
     lora = {run.learning_rate for run in runs if run.rule == "lora"}
     assert lora == {8 * rate for rate in SIZE.rates} and all(r.keep_ratio is None for r in runs if r.rule == "lora")
 
 
 def test_what_the_paper_compares_comes_first(real_lines):
     first, seeds, others, other_seeds = (part(real_lines) for part in smollm2.SmolLM2(SIZE).parts())
-    assert {run.task for run in first + seeds} == {"gsm8k"} and len(first) == 5 * 4 + 10 + 3
-    assert {run.rule for run in first} == {"none", "gmt", "rmt", "gmt_frozen", "hft"}
-    assert [run.part for run in seeds] == ["seeds"] * 25 + ["clip"] * 2
+    assert {run.task for run in first + seeds} == {"gsm8k"} and len(first) == 5 * 4 + 10 + 2 + 3
+    assert {run.rule for run in first if run.part != "clip"} == {"none", "gmt", "rmt", "gmt_frozen", "hft"}
+    assert [run.part for run in seeds] == ["seeds"] * 25
     assert set(first) < set(others) and set(seeds) < set(other_seeds)
-    assert set(others) == set(smollm2.rates_and_keep_ratios(SIZE))
+    assert set(others) == set(smollm2.one_seed_runs(SIZE))
 
 
 def test_the_seeds_take_the_rate_with_the_lowest_sum_of_losses():
@@ -314,13 +319,13 @@ def test_the_seeds_take_the_rate_with_the_lowest_sum_of_losses():
         x["new"] -= 0.5 * (x["rule"] == "drop" and x["learning_rate"] == 1e-4)
     assert smollm2.choose_rate(lines, "gsm8k", "gmt") == 8e-4
     assert smollm2.choose_rate(lines, "gsm8k", "none") == smollm2.choose_rate(lines, "mbpp", "drop") == 2e-4
-    later = smollm2.seeds_and_clipping(SIZE, lines)
-    assert len(later) == 5 * (9 + 4) + 2 and not any(run.rule == "drop" for run in later)
-    assert {run.seed for run in later[:13]} == {0} and later[-1].rule == "rmt_clip_after"
+    later = smollm2.seed_runs(SIZE, lines)
+    assert len(later) == 5 * (9 + 4) and not any(run.rule == "drop" for run in later)
+    assert {run.seed for run in later[:13]} == {0}
 
 
 def test_what_has_a_line_is_not_made_again():
-    runs = smollm2.rates_and_keep_ratios(SIZE)
+    runs = smollm2.one_seed_runs(SIZE)
     there = [{**asdict(run), "new": 1.0} for run in runs[:3]]
     assert driver.missing(runs, json.loads(json.dumps(there))) == runs[3:]
 
@@ -474,13 +479,16 @@ def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path
     assert "Before training: not run yet." in text and "rates 0 of 55 runs; keep_ratio 0 of 10" in text
     assert "| gmt learns more of the new skill than none (SFT) | not run yet | not run yet |" in text
     some = smollm2_report.header(SIZE, real_lines[:15], about, {})
-    assert "rates 12 of 55 runs; keep_ratio 3 of 10" in some and "wait for the rates of the rules that the pap" in some
-    papers = [x for x in real_lines if x["part"] not in ("seeds", "clip") and x["rule"] in smollm2.PAPER]
-    assert "seeds 0 of 25 runs; clip 0 of 2" in smollm2_report.header(SIZE, papers, about, {})
+    assert (
+        "rates 12 of 55 runs; keep_ratio 1 of 10 runs; clip 2 of 2" in some
+        and "wait for the rates of the rules that the pap" in some
+    )
+    papers = [x for x in real_lines if x["part"] == "clip" or (x["part"] != "seeds" and x["rule"] in smollm2.PAPER)]
+    assert "clip 2 of 2 runs; seeds 0 of 25 runs" in smollm2_report.header(SIZE, papers, about, {})
     (tmp_path / "bases.json").write_text(json.dumps({"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}))
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines))
     text = smollm2_report.write_report(tmp_path)
-    assert "seeds 65 of 65 runs; clip 2 of 2 runs" in text and "GSM8K 1.3000, MBPP 1.4000, Wikipedia 2.8000" in text
+    assert "clip 2 of 2 runs; seeds 65 of 65 runs" in text and "GSM8K 1.3000, MBPP 1.4000, Wikipedia 2.8000" in text
     for name in ("frontier", "keep_ratio", "mask_steps", "mask_places"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
@@ -520,7 +528,7 @@ def test_a_tiny_study_of_a_real_model_runs_whole_and_goes_on_from_its_lines(tmp_
     shutil.rmtree(models / "smollm2_tiny" / "data")  # as on another machine, with the committed lines alone
     (results / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:-2]))
     assert list(map(timeless, run())) == list(map(timeless, lines))
-    assert "clip 1 of 1 runs" in smollm2_report.write_report(results)
+    assert "clip 1 of 1 runs; seeds" in smollm2_report.write_report(results)
 
 
 def timeless(line):
@@ -548,3 +556,47 @@ def write_data(folder):
     (folder / "tydiqa_goldp").mkdir()
     content = json.dumps({"data": [{"paragraphs": paragraphs}]}).encode()
     (folder / "tydiqa_goldp" / "english_dev.json.gz").write_bytes(gzip.compress(content))
+
+
+def test_bf16_products_by_fp32_are_those_of_bf16_and_reach_every_layer():
+    """Forward and backward of a small model under autocast; torch's own bf16 products sum in other orders."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(64, (2, 24))
+
+    def run(mode):
+        seen = Products()
+        model.zero_grad()
+        with seen, mode, torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return loss.item(), grads, seen.dtypes
+
+    loss, grads, dtypes = run(ByFp32())
+    assert dtypes == {torch.float32}  # under the mode nothing else multiplies in 16 bits
+    own_loss, own_grads, own = run(contextlib.nullcontext())
+    assert torch.bfloat16 in own
+    assert loss == pytest.approx(own_loss, rel=1e-3)
+    assert torch.nn.functional.cosine_similarity(grads, own_grads, dim=0) > 0.9995
+    a, b = torch.randn(8, 16).bfloat16(), torch.randn(16, 8).bfloat16()
+    with ByFp32():
+        product = a @ b
+    torch.testing.assert_close(product, (a.float() @ b.float()).bfloat16(), rtol=0, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of what is multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("mm.", "attention", "matmul", "linear")):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))

@@ -10,8 +10,8 @@ beside it. A line of runs.jsonl per scored model, in this order:
     rates       SFT, which all are measured against, at four learning rates, a factor of 2 apart, then every other rule,
                 the middle rates first
     keep_ratio  gmt at the two middle rates, with other keep_ratios
+    clip        gmt and rmt at the lower of these rates, clipped by the norm that masking leaves
     seeds       every rule at its chosen rate, other samples of the data in another order
-    clip        rmt and gmt at their chosen rates, clipped by the norm that masking leaves
 
 All four of the first task with the rules that the paper compares come first; then those of the other rules and tasks.
 
@@ -54,6 +54,7 @@ from scripts import merge
 from scripts.quickstart.data import write
 from scripts.quickstart.gsm8k_to_metamath import to_metamath
 from scripts.report.mask_figure import kept_by_place
+from scripts.study.bf16 import fast_bf16
 from scripts.study.driver import Lines, Run, answer_losses, logged
 from tasks.general import squad_rows
 from tasks.source import Source
@@ -135,7 +136,7 @@ def middle_first(rates: tuple[float, ...]) -> list[float]:
     return [rates[i] for i in sorted(range(len(rates)), key=lambda i: (abs(i - middle), i))]
 
 
-def rates_and_keep_ratios(size: Size) -> list[Run]:
+def one_seed_runs(size: Size) -> list[Run]:
     """SFT, then rate by rate, rule by rule: whenever it is cut, all rules are there at the rates that are."""
     runs, first = [], next(iter(size.rules))
     for task, rules in size.rules.items():
@@ -143,6 +144,9 @@ def rates_and_keep_ratios(size: Size) -> list[Run]:
         for i, rate in enumerate(middle_first(size.rates)):
             others = [rule for rule in rules if rule not in ("none", "drop")]
             runs += [run_of("rates", task, rule, rate_of(rule, rate), TUNING_SEED) for rule in others]
+            if task == first and i == 0:
+                clipped = [f"{rule}_clip_after" for rule in rules if f"{rule}_clip_after" in RULES]
+                runs += [run_of("clip", task, rule, rate, TUNING_SEED) for rule in clipped]
             if task == first and i < 2:
                 runs += [run_of("keep_ratio", task, "gmt", rate, TUNING_SEED, keep) for keep in size.keep_ratios]
         if task == first:
@@ -157,16 +161,15 @@ def choose_rate(lines: Lines, task: str, rule: str) -> float | None:
     return min(found, key=lambda x: (x["new"] + x["retained"], x["learning_rate"]))["learning_rate"] if found else None
 
 
-def seeds_and_clipping(size: Size, lines: Lines) -> list[Run]:
+def seed_runs(size: Size, lines: Lines) -> list[Run]:
+    """Every rule but drop, which comes with SFT, at the rate that its lines choose."""
     chosen = {(task, rule): choose_rate(lines, task, rule) for task, rules in size.rules.items() for rule in rules}
-    runs = [
+    return [
         run_of("seeds", task, rule, rate, seed)
         for seed in range(size.seeds)
         for (task, rule), rate in chosen.items()
         if rule != "drop"
     ]
-    clip = [rule for rule in ("gmt", "rmt") if ("gsm8k", rule) in chosen]
-    return runs + [run_of("clip", "gsm8k", f"{rule}_clip_after", chosen["gsm8k", rule], TUNING_SEED) for rule in clip]
 
 
 def papers(size: Size) -> Size:
@@ -192,19 +195,19 @@ class SmolLM2:
             run_folder.write_json(results / "bases.json", pool.submit(score_base, folder).result())
 
     def parts(self) -> tuple[Callable[[Lines], list[Run]], ...]:
-        def rates_and_keep_ratio(lines: Lines) -> list[Run]:
-            return rates_and_keep_ratios(papers(self.size))
+        def rates(lines: Lines) -> list[Run]:
+            return one_seed_runs(papers(self.size))
 
-        def seeds_and_clip(lines: Lines) -> list[Run]:
-            return seeds_and_clipping(papers(self.size), lines)
+        def seeds(lines: Lines) -> list[Run]:
+            return seed_runs(papers(self.size), lines)
 
         def other_rates(lines: Lines) -> list[Run]:
-            return rates_and_keep_ratios(self.size)
+            return one_seed_runs(self.size)
 
         def other_seeds(lines: Lines) -> list[Run]:
-            return seeds_and_clipping(self.size, lines)
+            return seed_runs(self.size, lines)
 
-        return rates_and_keep_ratio, seeds_and_clip, other_rates, other_seeds
+        return rates, seeds, other_rates, other_seeds
 
     def make(self, run: Run, folder: Path) -> Lines:
         return make(run, self.size, folder)
@@ -302,7 +305,7 @@ def make(run: Run, size: Size, folder: Path) -> Lines:
     words = [*RULES[run.rule]]
     if run.keep_ratio is not None:
         words += ["--keep_ratio", str(run.keep_ratio), "--log_masks_every", "1", "--mask_jaccard", "true"]
-    with logged(folder / "logs" / f"{run.name}.log"):
+    with logged(folder / "logs" / f"{run.name}.log"), fast_bf16():
         start = time.monotonic()
         train.main([
             "--model", str(base), "--dataset", str(folder / "data" / f"train_{run.task}.jsonl"),
@@ -392,7 +395,7 @@ def task_vector(base: Path, tuned: Path) -> dict[str, float]:
 
 def score_base(folder: Path) -> dict[str, Any]:
     """Losses of the model before training, and its MMLU accuracy (open-instruct's format, without examples)."""
-    with logged(folder / "logs" / "base.log"):
+    with logged(folder / "logs" / "base.log"), fast_bf16():
         found = losses(folder, folder / "model")
         words = ["--model", str(folder / "model"), "--output_dir", str(folder / "eval"), "--dtype", "bfloat16"]
         task = f"mmlu={folder / 'data' / 'mmlu.jsonl'}"

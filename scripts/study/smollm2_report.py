@@ -25,9 +25,9 @@ from scripts.study.smollm2 import (
     TUNING_SEED,
     Size,
     choose_rate,
+    one_seed_runs,
     papers,
-    rates_and_keep_ratios,
-    seeds_and_clipping,
+    seed_runs,
 )  # fmt: skip
 
 LEVEL, TOLERANCE, LEAST_KEEP_RATIO = 0.05, 0.05, 0.05  # what smollm2.py fixes
@@ -166,7 +166,7 @@ def sweep(lines: Lines, task: str) -> dict[float, dict[float, dict]]:
 
 def insensitive(size: Size, lines: Lines, task: str, base: dict) -> str:
     """The answer to the claim that keep_ratio does not matter; no word of it before all runs are there."""
-    if left := sum(run.part == "keep_ratio" for run in missing(rates_and_keep_ratios(size), lines)):
+    if left := sum(run.part == "keep_ratio" for run in missing(one_seed_runs(size), lines)):
         return f"{NOT_YET}: {left} runs are missing"
     worst, words = (0.0, 0.0, 0.0, 0.0), set()
     for rate, by_ratio in sweep(lines, task).items():
@@ -215,20 +215,17 @@ def claims(size: Size, lines: Lines, base: dict) -> dict[str, dict[str, str]]:
 
 
 def header(size: Size, lines: Lines, about: dict, base: dict) -> str:
-    planned = rates_and_keep_ratios(size)
+    planned = one_seed_runs(size)
     left = missing(planned, lines)
     counts = []
-    for part in ("rates", "keep_ratio"):
+    for part in ("rates", "keep_ratio", "clip"):
         of_part = [run for run in planned if run.part == part]
         counts.append(f"{part} {len(of_part) - sum(run.part == part for run in left)} of {len(of_part)} runs")
-    if missing(rates_and_keep_ratios(papers(size)), lines):
-        counts.append("seeds and clip wait for the rates of the rules that the paper compares")
+    if missing(one_seed_runs(papers(size)), lines):
+        counts.append("seeds wait for the rates of the rules that the paper compares")
     else:
-        later = seeds_and_clipping(papers(size) if left else size, lines)
-        waiting = missing(later, lines)
-        for part in ("seeds", "clip"):
-            total = sum(run.part == part for run in later)
-            counts.append(f"{part} {total - sum(run.part == part for run in waiting)} of {total} runs")
+        later = seed_runs(papers(size) if left else size, lines)
+        counts.append(f"seeds {len(later) - len(missing(later, lines))} of {len(later)} runs")
     hours = sum(x.get("train_seconds", 0) + x["score_seconds"] for x in lines) / 3600 / about["processes"]
     hardware, before = about["hardware"], NOT_YET
     if base:
