@@ -29,6 +29,7 @@ from common import integrity, model_card, run_folder
 from common.config import EvalConfig, UserError, parse, run_main
 from common.hub import from_pretrained, is_local
 from common.launch import check_launch
+from common.precision import warn_if_slow
 from evaluation import generation, scores, settings
 from evaluation.generation import Decoding, Scored
 from evaluation.requests import Request, encode, make_requests, merge_responses, render_prompts
@@ -111,6 +112,9 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     }
     described = {run.name: settings.describe(config, run, prompts[run.name], tokenizer) for run in runs}
     done = settings.record(folder, described, config.overwrite, accelerator)
+    instead = "--dtype float32" if accelerator.device.type == "cpu" else "--dtype float16"
+    if slow := warn_if_slow(getattr(torch, config.dtype), accelerator.device, instead):
+        accelerator.print(slow)
     model = None
     for run in runs:
         if run.name in done:

@@ -213,7 +213,9 @@ class TrainConfig:
     seed: int = key(0, "of the order of examples, the random rules, dropout and LoRA's matrices")
 
     # precision
-    mixed_precision: Literal["bf16", "fp16", "fp32"] = key("bf16", "autocast dtype; fp32: none")
+    mixed_precision: Literal["bf16", "fp16", "fp32"] = key(
+        "bf16", "autocast dtype; fp32: none, for CPUs that have no bf16"
+    )
     master_dtype: Literal["float32", "bfloat16", "float64"] = key(
         "float32", "dtype of the trained weights; bfloat16 saves memory but rounds most updates of a small rate away"
     )

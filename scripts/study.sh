@@ -5,7 +5,8 @@
 #   bash scripts/study.sh                 STUDY=small: small models, an hour or more on 2 cores
 #   STUDY=large bash scripts/study.sh     larger ones, for a GPU; in results/large
 #   STUDY=tiny bash scripts/study.sh      a try in two minutes; in results/tiny
-#   STUDY=smollm2 GMT_DATA_DIR=FOLDER bash scripts/study.sh     SmolLM2-135M, eight hours on 2 cores; in results/smollm2
+#   STUDY=smollm2 GMT_DATA_DIR=FOLDER bash scripts/study.sh     SmolLM2-135M, some 14 hours on 2 cores with bf16,
+#                                                               twice that without; in results/smollm2
 #
 # RESULTS names another folder for the results.
 set -euo pipefail

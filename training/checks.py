@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import TrainConfig, UserError
+from common.precision import warn_if_slow
 from training.data import Examples, collate
 from training.losses import attach_loss, evaluating
 from training.plan import wants_packing
@@ -116,6 +117,16 @@ def check_model(config: TrainConfig, model: nn.Module, examples: Examples, accel
     """check_loss, then decide_packing: whether rows are packed."""
     check_loss(config, model, examples, accelerator)
     return decide_packing(config, model, examples, accelerator)
+
+
+def slow_precision(config: TrainConfig, device: torch.device) -> str:
+    """A warning if `device` has no instructions for the dtype of a run's products, else an empty text."""
+    weights = getattr(torch, config.master_dtype)  # what is multiplied without autocast
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": weights}[config.mixed_precision]
+    instead = "--mixed_precision fp32" if device.type == "cpu" else "--mixed_precision fp16 or fp32"
+    if weights == torch.bfloat16:
+        instead += " and --master_dtype float32"
+    return warn_if_slow(dtype, device, instead)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

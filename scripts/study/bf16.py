@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.precision import is_fast
+
 aten = torch.ops.aten
 PRODUCTS = {
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
@@ -30,4 +32,4 @@ class ByFp32(TorchDispatchMode):
 
 def fast_bf16() -> contextlib.AbstractContextManager:
     """Within it, products of bf16 tensors take no longer than those of fp32 ones."""
-    return contextlib.nullcontext() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ByFp32()
+    return contextlib.nullcontext() if is_fast(torch.bfloat16, torch.device("cpu")) else ByFp32()

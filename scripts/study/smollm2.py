@@ -1,6 +1,7 @@
 """The paper's claims on a real pretrained model: SmolLM2-135M-Instruct, fine-tuned on GSM8K's or MBPP's training split.
 
-    GMT_DATA_DIR=FOLDER STUDY=smollm2 bash scripts/study.sh      # some eight hours on 2 cores; in results/smollm2
+    GMT_DATA_DIR=FOLDER STUDY=smollm2 bash scripts/study.sh      # some 14 hours on 2 cores, half of them for
+                                                          # what comes first; in results/smollm2
 
 Everything is a loss in nats per token: accuracies of so small a model are near chance (bases.json has its MMLU), while
 losses on fixed texts differ little between seeds. Learnt is what the loss on the new task's test solutions says (new).

@@ -1,0 +1,67 @@
+"""Who is told that a 16-bit dtype is slow on the device, and what helps: pytest tests/test_precision.py"""
+
+import json
+import types
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from common import precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def without_16_bits(monkeypatch):
+    """A processor with AVX2 alone, and a T4."""
+    slow = types.SimpleNamespace(
+        _is_mkldnn_bf16_supported=lambda: False,
+        _is_mkldnn_fp16_supported=lambda: False,
+    )
+    monkeypatch.setattr(torch.ops, "mkldnn", slow)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+
+@pytest.fixture
+def with_16_bits(monkeypatch):
+    fast = types.SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", fast)
+
+
+def test_the_line_names_device_dtype_and_what_to_use(without_16_bits):
+    line = precision.warn_if_slow(torch.bfloat16, CPU, "--x fp32")
+    assert line.startswith("warning: this processor has no instructions for bf16") and line.endswith("use --x fp32")
+    assert "fp16" in precision.warn_if_slow(torch.float16, CPU, "--x fp32")
+    assert "Tesla T4 has no instructions for bf16" in precision.warn_if_slow(torch.bfloat16, GPU, "--x fp16")
+    assert not precision.warn_if_slow(torch.float16, GPU, "") and not precision.warn_if_slow(torch.float32, CPU, "")
+    assert not precision.warn_if_slow(torch.bfloat16, torch.device("mps"), "")  # not known
+
+
+def test_nothing_is_said_of_a_fast_processor(with_16_bits):
+    assert not any(precision.warn_if_slow(dtype, CPU, "") for dtype in (torch.bfloat16, torch.float16, torch.float32))
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--mixed_precision", "bf16"], "use --mixed_precision fp32\n"),
+    (["--mixed_precision", "bf16", "--master_dtype", "bfloat16"], "fp32 and --master_dtype float32\n"),
+    (["--mixed_precision", "fp32", "--master_dtype", "bfloat16"], "fp32 and --master_dtype float32\n"),
+    (["--mixed_precision", "fp32"], ""),
+])  # fmt: skip
+def test_training_says_it_once(words, expected, without_16_bits, tmp_path, train_args, capsys):
+    train.main([*train_args(tmp_path / "run"), *words, "--max_steps", "1", "--epochs", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no instructions" in line]
+    assert len(lines) == bool(expected) and "".join(f"{line}\n" for line in lines).endswith(expected)
+
+
+@pytest.mark.parametrize("dtype, lines", [("bfloat16", 1), ("float32", 0)])
+def test_scoring_says_it_once(dtype, lines, without_16_bits, tmp_path, model_dir, capsys):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "some words"}) + "\n")
+    words = ["--model", str(model_dir), "--tasks", f"text_loss={tmp_path / 'texts.jsonl'}", "--dtype", dtype]
+    evaluation.main([*words, "--output_dir", str(tmp_path / "eval")])
+    assert (
+        capsys.readouterr().out.count("no instructions for bf16, which makes it many times slower: use --dtype")
+        == lines
+    )
