@@ -27,9 +27,9 @@ from common.launch import world_size
 from common.templates import TEMPLATES
 from training import backend, checkpoint, checks, interrupts, plan, resume
 from training.data import Examples, describe_example, steps_per_epoch
-from training.loading import load_data, load_trainable_model, on_paper
+from training.loading import load_data, load_trainable_model, on_paper, settle_batches
 from training.masking import build_masker, calibrate, freeze
-from training.preflight import check_batches, check_memory, check_paths
+from training.preflight import check_memory, check_paths
 from training.reference import build_objectives
 from training.schedule import lr_factor, set_learning_rate
 from training.steps import backward, evaluation_loss, gradient, scaler_warms_up, step_batches, zero_gradients
@@ -68,7 +68,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     # --- data, model, optimizer, masks -------------------------------------------------------------------------------
     with accelerator.local_main_process_first():  # the others find its work in the cache
         tokenizer, examples, held_out = load_data(config)
-    check_batches(config, len(examples), accelerator.num_processes)
+    config = settle_batches(config, tokenizer, examples, accelerator)
     steps_in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     total_steps = config.max_steps or config.epochs * steps_in_epoch
     model = load_trainable_model(config, tokenizer, examples, accelerator)
@@ -206,7 +206,8 @@ def summary(
         f"{masker.summary()}\n{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, "
         f"{examples.left_out_text()}, {len(held_out)} held out), {examples.lengths.sum()} tokens, "
         f"{examples.trained.sum()} of them trained\n{describe_example(tokenizer, examples)}\n"
-        f"{total_steps} steps of {config.global_batch_size} examples on {processes} process(es), "
+        f"{total_steps} steps of {config.global_batch_size} examples on {processes} process(es), up to "
+        f"{config.micro_batch_tokens:,} tokens a forward pass, "
         f"{steps_per_epoch(len(examples), config.global_batch_size)} steps an epoch"
     )
     template = TEMPLATES[config.template]
@@ -234,7 +235,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     """Print the plan; raises UserError for all that the run would refuse before its first step."""
     processes = world_size()
     tokenizer, examples, held_out = load_data(config)
-    check_batches(config, len(examples), processes)
+    config = settle_batches(config, tokenizer, examples)
     model, masker = on_paper(config, tokenizer, examples)
     if has_weights(config.model):
         load_weights(config.model, device="meta")  # their names and shapes

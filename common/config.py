@@ -200,7 +200,11 @@ class TrainConfig:
     max_steps: int = key(0, "stop (and end the schedule) after N optimizer steps; 0: after `epochs`")
     global_batch_size: int = key(128, "examples per optimizer step, over all processes")
     per_device_batch_size: int = key(0, "examples per forward pass at most; 0: by micro_batch_tokens alone")
-    micro_batch_tokens: int = key(16384, "tokens per forward pass at most, padding included")
+    micro_batch_tokens: int = key(
+        0,
+        "tokens per forward pass at most, padding included; 0: on a CPU 2,048, on a GPU up to 16,384, as many as the "
+        "plan finds memory for",
+    )
     packing: Literal["auto", "on", "off"] = key(
         "auto",
         "several examples in a row, none seeing another; auto: with flash_attention_2, which knows a row's parts, if a "
@@ -295,9 +299,10 @@ class TrainConfig:
                 raise UserError(f"trackers: {tracker} is not installed: pip install {tracker}, or leave it out")
 
         at_least = {
-            **dict.fromkeys(("epochs", "global_batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"), 1),
+            **dict.fromkeys(("epochs", "global_batch_size", "keep_checkpoints", "log_every"), 1),
             **dict.fromkeys(("tokenise_processes", "eval_rows", "max_steps", "per_device_batch_size", "save_every"), 0),
             **dict.fromkeys(("loss_chunk", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"), 0),
+            "micro_batch_tokens": 0,
             **dict.fromkeys(("calibration_steps", "save_every_minutes", "log_masks_every", "max_skipped_steps"), 0),
             **dict.fromkeys(("lift_rank", "lora_rank", "lora_alpha", "subzero_rank", "subzero_refresh_every"), 1),
             "max_length": 2,
@@ -318,7 +323,7 @@ class TrainConfig:
             raise UserError("beta and length_normalised are of objective dpo: leave them out under sft")
         if self.objective == "dpo" and self.train_on_prompt:
             raise UserError("train_on_prompt is of objective sft: dpo compares answers to one prompt; leave it out")
-        if self.micro_batch_tokens < self.max_length * (1 + (self.objective == "dpo")):
+        if 0 < self.micro_batch_tokens < self.longest_example:
             raise UserError(
                 f"one {'answer of a pair' if self.objective == 'dpo' else 'example'} may have max_length "
                 f"{self.max_length} tokens, but a forward pass takes "
@@ -339,6 +344,11 @@ class TrainConfig:
             raise UserError("resume_changed has no meaning without resume")
         if self.resume and self.overwrite:
             raise UserError("resume goes on with the run in output_dir, overwrite deletes it: set one of the two")
+
+    @property
+    def longest_example(self) -> int:
+        """Tokens that an example may take in a forward pass: a pair's two answers have rows of one length."""
+        return self.max_length * (2 if self.objective == "dpo" else 1)
 
     @property
     def axes(self) -> gmt.Rule:

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import re
+import shutil
 import weakref
 from unittest.mock import Mock
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from conftest import DATA, make_model, needs_data, python
+from conftest import DATA, make_model, needs_data, python, same, weights
 from datasets import Dataset
 from test_architectures import ARCHITECTURES
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -295,7 +296,7 @@ def test_a_plan_for_64_gpus(tmp_path, train_args, capsys, monkeypatch):
     assert "on 64 process(es), each with the whole model" in ddp
     assert re.search(r"memory of the machine while weights are read: 0.00 GiB in each process", ddp)
     fsdp2 = plan_of(**FSDP2)
-    assert "on FSDP2 over 64 processes; about 1.0 forward passes a step and process" in fsdp2
+    assert "on FSDP2 over 64 processes; about 1.0 forward passes of at most 2,048 tokens a step and process" in fsdp2
     assert "in the first process of all, next to none in the others" in fsdp2
     assert "in each process" in plan_of(FSDP_CPU_RAM_EFFICIENT_LOADING="false")
     hybrid = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}
@@ -348,6 +349,63 @@ def test_the_card_is_that_of_the_process(monkeypatch):
     assert backend.card_bytes() == 80
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert backend.card_bytes() is None
+
+
+# --- tokens of a forward pass, where they are left to the run ---------------------------------------------------------
+
+LEFT = ["--rule", "gmt", "--keep_ratio", "0.3", "--max_length", "32", "--global_batch_size", "16"]
+LEFT += ["--micro_batch_tokens", "0"]
+
+
+def settled(args, card, monkeypatch):
+    """What a run chooses on a GPU with so many bytes; None: on a CPU."""
+    monkeypatch.setattr(backend, "card_bytes", lambda: card)
+    config = parse(TrainConfig, args)
+    tokenizer, examples, _ = loading.load_data(config)
+    return loading.settle_batches(config, tokenizer, examples)
+
+
+def test_a_run_takes_the_most_tokens_that_the_card_holds(tmp_path, run_args, monkeypatch):
+    args = run_args(tmp_path / "run", *LEFT)
+    choices = (160, 96, 48)
+    monkeypatch.setattr(plan, "CHOICES", choices)
+    monkeypatch.setattr(plan, "ON_CPU", 128)
+
+    def needed(tokens):
+        config = parse(TrainConfig, [*args, "--micro_batch_tokens", str(tokens)])
+        tokenizer, examples, _ = loading.load_data(config)
+        model, masker = loading.on_paper(config, tokenizer, examples)
+        first = plan.first_steps(config, examples, 1)
+        assert all(step.share.tokens.max() <= tokens for step in first)
+        held = plan.held_bytes(config, model, masker, 1) | plan.passing_bytes(config, model, examples, first)
+        return plan.most_at_once(held)
+
+    sizes = [needed(tokens) for tokens in choices]
+    assert sizes == sorted(set(sizes), reverse=True)
+    for tokens, size in zip(choices, sizes, strict=True):
+        assert settled(args, size / 0.9 + 1, monkeypatch).micro_batch_tokens == tokens
+    assert settled(args, sizes[-1], monkeypatch).micro_batch_tokens == 32  # one example, whatever comes
+    assert settled(args, None, monkeypatch).micro_batch_tokens == 128
+    assert settled([*args, "--micro_batch_tokens", "77"], sizes[0], monkeypatch).micro_batch_tokens == 77
+    monkeypatch.setattr(plan, "ON_CPU", 8)
+    assert settled(args, None, monkeypatch).micro_batch_tokens == 32
+
+
+def test_a_resumed_run_keeps_its_choice_on_another_machine(tmp_path, run_args, monkeypatch):
+    monkeypatch.setattr(plan, "ON_CPU", 64)
+    words = [*LEFT, "--save_every", "2"]
+    train.main(run_args(tmp_path / "whole", *words))
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["config"]["micro_batch_tokens"] == 64
+    cut = tmp_path / "cut"
+    train.main(run_args(cut, *words))
+    shutil.rmtree(cut / "final"), shutil.rmtree(cut / "checkpoints" / "step_000004")
+    monkeypatch.setattr(plan, "ON_CPU", 512)
+    train.main([*run_args(cut, *words), "--resume"])
+    last = json.loads((cut / "run.json").read_text())["resumed"][-1]
+    assert (last["step"], last["config"]["micro_batch_tokens"]) == (2, 64)
+    assert same(weights(tmp_path / "whole"), weights(cut))
+    with pytest.raises(UserError, match="micro_batch_tokens: 64 -> 128"):
+        train.main([*run_args(cut, *words), "--resume", "--micro_batch_tokens", "128"])
 
 
 def test_dry_run_refuses_with_exit_code_2(tmp_path, train_args):

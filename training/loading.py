@@ -1,6 +1,8 @@
 """Loads what a run trains on and what it trains: tokenizer, examples, model."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,14 @@ from common import templates
 from common.compatibility import largest_text_id, refuse_unscorable
 from common.config import TrainConfig, UserError, nearest, user_errors
 from common.hub import from_pretrained, load_weights, one_line
+from common.launch import world_size
 from common.sources import load_all
 from common.templates import TEMPLATES
-from training import backend, checks, plan
+from training import backend, checks, plan, resume
 from training.data import Examples, permutation, tokenise
 from training.losses import attach_loss
 from training.masking import build_masker, freeze
-from training.preflight import check_memory
+from training.preflight import check_batches, check_memory
 
 
 def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
@@ -93,6 +96,37 @@ def on_paper(
     model = plan.on_meta(config, load_architecture(config, tokenizer, examples))
     freeze(config, model)
     return model, build_masker(config, model)
+
+
+def settle_batches(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, accelerator: Accelerator | None = None
+) -> TrainConfig:
+    """The configuration with the tokens of a forward pass, which are chosen here where they are left to the run.
+
+    How a step is split changes its gradient by rounding alone. So that a resumed run is the same to the bit, it keeps
+    what the run has chosen.
+
+    Args:
+        accelerator: of the run; None: for a plan.
+    Raises:
+        UserError: as preflight.check_batches and load_architecture.
+    """
+    processes = accelerator.num_processes if accelerator else world_size()
+    check_batches(config, len(examples), processes)
+    if config.micro_batch_tokens:
+        return config
+    card = backend.card_bytes()
+    if config.resume:
+        tokens = resume.recorded(Path(config.output_dir))["config"]["micro_batch_tokens"]
+    elif card is None:
+        tokens = max(plan.ON_CPU, config.longest_example)
+    else:
+        tokens = plan.choose_micro_batch_tokens(
+            config, *on_paper(config, tokenizer, examples), examples, processes, card
+        )
+    if accelerator:  # the smallest of the GPUs decides for all
+        tokens = int(accelerator.gather(torch.tensor([tokens], device=accelerator.device)).min())
+    return replace(config, micro_batch_tokens=tokens)
 
 
 def load_trainable_model(

@@ -10,6 +10,7 @@ need in passing, and the allocator's fragments, come on top.
 import math
 import unittest.mock
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ from training.losses import attach_loss, token_losses
 
 # dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# tokens of a forward pass where micro_batch_tokens is left to the run
+CHOICES, ON_CPU = (16384, 8192, 4096, 2048), 2048
 _BLOCK_8BIT, _LEAST_8BIT = 256, 4096  # bitsandbytes: entries per scale; smaller tensors keep fp32 moments
 
 
@@ -361,6 +364,66 @@ def idle_share(share: Share, together: bool) -> float:
     return 1 - share.tokens.sum() / (len(share.tokens) * longest)
 
 
+class FirstStep(NamedTuple):
+    """One of the steps that a plan looks at."""
+
+    micro: list[list[list[list[int]]]]  # [process][micro-batch][row] -> ids
+    share: Share
+    tokens: int  # of its examples, without padding
+
+
+def first_steps(config: TrainConfig, examples: Examples, processes: int) -> list[FirstStep]:
+    """How the first steps, up to 20, are split."""
+    steps = config.max_steps or config.epochs * steps_per_epoch(len(examples), config.global_batch_size)
+    packed, out = wants_packing(config), []
+    for step in range(min(steps, 20)):
+        ids = step_examples(len(examples), config.global_batch_size, config.seed, step, config.shuffle)
+        micro = distribute(config, examples, ids, packed, processes)
+        out.append(FirstStep(micro, share_of(examples, micro, packed), int(examples.lengths[ids].sum())))
+    return out
+
+
+def largest_micro_batch(steps: list[FirstStep], examples: Examples) -> tuple[int, int, int]:
+    """Rows, tokens of the longest, and trained tokens of the micro-batch with the most tokens."""
+    step = max(steps, key=lambda step: step.share.tokens.max())
+    process, index = np.unravel_index(step.share.tokens.argmax(), step.share.tokens.shape)
+    trained = sum(examples.trained[row].sum() for row in step.micro[process][index])
+    return int(step.share.rows[process, index]), int(step.share.lengths[process, index]), int(trained)
+
+
+def passing_bytes(config: TrainConfig, model: nn.Module, examples: Examples, steps: list[FirstStep]) -> dict[str, int]:
+    """Bytes of what is there within a step alone: activations, and weights that FSDP2 gathers."""
+    held = {"gathered in passing": gathered_bytes(config, model)} if backend.is_sharded() else {}
+    if config.optimizer not in ZEROTH_ORDER:
+        size = largest_micro_batch(steps, examples)
+        held["activations"] = activation_bytes(config, model.config, *size, wants_packing(config))
+    return held
+
+
+def choose_micro_batch_tokens(
+    config: TrainConfig, model: nn.Module, masker: gmt.Masker, examples: Examples, processes: int, memory: int
+) -> int:
+    """Tokens of a forward pass: the most of CHOICES for which a step takes at most nine tenths of a GPU's memory.
+
+    Args:
+        config: with micro_batch_tokens 0; model: on the meta device, with what is frozen frozen; masker: its masks.
+        processes: of the run; memory: of the GPU, in bytes.
+    Returns:
+        At least config.longest_example, which is the answer too where nothing fits.
+    """
+    certain = held_bytes(config, model, masker, backend.shards(processes))
+    if config.optimizer == "paged_adamw_8bit":
+        certain["optimizer"] = 0  # may be in the memory of the CPU
+    for tokens in CHOICES:
+        if tokens <= config.longest_example:
+            break
+        one = replace(config, micro_batch_tokens=tokens)
+        passing = passing_bytes(one, model, examples, first_steps(one, examples, processes))
+        if most_at_once(certain | passing) <= 0.9 * memory:
+            return tokens
+    return config.longest_example
+
+
 def report(
     config: TrainConfig, model: nn.Module, masker: gmt.Masker, examples: Examples, held_out: int, processes: int
 ) -> str:
@@ -368,28 +431,20 @@ def report(
     gib = lambda n: f"{n / 2**30:.2f} GiB"  # noqa: E731
     in_epoch = steps_per_epoch(len(examples), config.global_batch_size)
     steps = config.max_steps or config.epochs * in_epoch
-    drawn = len(examples), config.global_batch_size, config.seed
-    some = [step_examples(*drawn, step, config.shuffle) for step in range(min(steps, 20))]
     packed, sharded, shards = wants_packing(config), backend.is_sharded(), backend.shards(processes)
-    micro = [distribute(config, examples, ids, packed, processes) for ids in some]
-    shares = [share_of(examples, m, packed) for m in micro]
+    first = first_steps(config, examples, processes)
+    shares = [step.share for step in first]
     forwards = np.mean([share.rows.shape[1] for share in shares])
-    padded = 1 - sum(examples.lengths[ids].sum() for ids in some) / sum(share.tokens.sum() for share in shares)
+    padded = 1 - sum(step.tokens for step in first) / sum(share.tokens.sum() for share in shares)
     idle = np.mean([idle_share(share, sharded) for share in shares])
-    step = max(range(len(shares)), key=lambda s: shares[s].tokens.max())
-    largest = np.unravel_index(shares[step].tokens.argmax(), shares[step].tokens.shape)
-    rows, longest = int(shares[step].rows[largest]), int(shares[step].lengths[largest])
-    in_largest = int(sum(examples.trained[row].sum() for row in micro[step][largest[0]][largest[1]]))
+    rows, longest, _ = largest_micro_batch(first, examples)
     tokens = steps / in_epoch * examples.lengths.sum()
 
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    held = held_bytes(config, model, masker, shards)
-    held |= {"gathered in passing": gathered_bytes(config, model)} if sharded else {}
+    held = held_bytes(config, model, masker, shards) | passing_bytes(config, model, examples, first)
     if config.optimizer in ZEROTH_ORDER:  # as the optimizer does; then a weight's products are two of two FLOPs
         model.requires_grad_(False)
-    else:
-        held["activations"] = activation_bytes(config, model.config, rows, longest, in_largest, packed)
     needed, card = most_at_once(held), backend.card_bytes()
     whole = tensor_bytes(config, parameters, 1, False)
     checkpoint = whole["weights"] + whole["optimizer"]
@@ -407,7 +462,8 @@ def report(
         f"trained; {examples.truncated} cut to max_length {config.max_length}, {examples.left_out_text()}, "
         f"{held_out} held out",
         f"steps: {steps:,} of {config.global_batch_size} examples ({in_epoch:,} an epoch), on {where}; about "
-        f"{forwards:.1f} forward passes a step and process, {padded:.0%} padding, {idle:.0%} waiting for one another"
+        f"{forwards:.1f} forward passes of at most {config.micro_batch_tokens:,} tokens a step and process, "
+        f"{padded:.0%} padding, {idle:.0%} waiting for one another"
         + (", packed if the model keeps examples apart" if packed else ""),
         "memory per process, at least:",
         *(f"  {gib(n):>12}  {part}" for part, n in held.items()),

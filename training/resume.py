@@ -23,17 +23,22 @@ def describe(config: TrainConfig, examples: Examples, held_out: Examples, accele
     }
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """What run.json says of the run in `folder`, as it was last resumed."""
+    old = run_folder.read_json(folder / run_folder.RUN)
+    return old.get("resumed", [old])[-1]
+
+
 def refuse_changes(config: TrainConfig, folder: Path, new: dict[str, Any]) -> None:
     """Raise UserError where the run in `folder`, as it was last resumed, is not the one that `new` describes.
 
     Only what both of them say of configuration, data and versions is compared, so that a call before the data are
-    loaded can go without them.
+    loaded can go without them. What is left to the run, which then keeps to its choice, is no change.
     """
-    old = run_folder.read_json(folder / run_folder.RUN)
-    old = old.get("resumed", [old])[-1]
-    changed = []
+    old, changed = recorded(folder), []
     for part in ("config", "data", "versions"):
         names = [name for name in new.get(part, {}) if name not in FREE_TO_CHANGE]
+        names = [name for name in names if (name, new[part][name]) != ("micro_batch_tokens", 0)]
         changed += run_folder.differences(old.get(part) or {}, new.get(part, {}), names)
     if changed and not config.resume_changed:
         raise UserError(f"resume: not the run that {folder} holds: {'; '.join(changed)} (--resume_changed goes on)")
