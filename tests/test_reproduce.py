@@ -523,11 +523,12 @@ GIB = 2**30
 
 
 def memory(config, model, gpus: int) -> str:
-    """Of a GPU under FSDP2, if every example has max_length tokens."""
+    """Of a GPU under FSDP2, if every example has max_length tokens, and a forward pass the most that a run chooses."""
     if gpus > config.global_batch_size:
         return "refused"
     per_example = 1 + (config.objective == "dpo")
-    rows = min(config.global_batch_size // gpus, config.micro_batch_tokens // config.max_length // per_example)
+    most = config.micro_batch_tokens or plan.CHOICES[0]
+    rows = min(config.global_batch_size // gpus, most // config.max_length // per_example)
     rows *= per_example
     held = plan.tensor_bytes(config, model.parameters(), gpus, True)
     held["gathered"] = plan.gathered_bytes(config, model)
