@@ -578,15 +578,47 @@ def test_bf16_products_by_fp32_are_those_of_bf16_and_reach_every_layer():
         return loss.item(), grads, seen.dtypes
 
     loss, grads, dtypes = run(ByFp32())
-    assert dtypes == {torch.float32}  # under the mode nothing else multiplies in 16 bits
+    assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
     own_loss, own_grads, own = run(contextlib.nullcontext())
     assert torch.bfloat16 in own
     assert loss == pytest.approx(own_loss, rel=1e-3)
     assert torch.nn.functional.cosine_similarity(grads, own_grads, dim=0) > 0.9995
+    model = model.bfloat16().eval()
+    padding = torch.ones_like(ids)
+    padding[0, :9] = 0
+
+    def answer(mode):  # in inference mode other operations reach the mode
+        seen = Products()
+        with torch.inference_mode(), seen, mode:
+            logits = model(input_ids=ids, attention_mask=padding).logits
+        return logits[padding > 0], torch.bfloat16 in seen.dtypes
+
+    (logits, slow), (own_logits, own_slow) = answer(ByFp32()), answer(contextlib.nullcontext())
+    assert (slow, own_slow) == (False, True)
+    torch.testing.assert_close(logits, own_logits, rtol=0, atol=0.02)
     a, b = torch.randn(8, 16).bfloat16(), torch.randn(16, 8).bfloat16()
     with ByFp32():
         product = a @ b
     torch.testing.assert_close(product, (a.float() @ b.float()).bfloat16(), rtol=0, atol=0)
+
+
+def test_attention_by_fp32_has_the_gradients_of_attention():
+    """With scores so large that log-sum-exp, were it rounded to 16 bits, would be off by a tenth."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 40, 16).bfloat16() for _ in range(3))
+    q = 12 * q
+
+    def gradients(dtype, mode):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        with mode:
+            out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+            out.float().square().sum().backward()
+        return torch.cat([x.grad.float().flatten() for x in inputs])
+
+    exact = gradients(torch.float64, contextlib.nullcontext())
+    error = (gradients(torch.bfloat16, ByFp32()) - exact).norm() / exact.norm()
+    own = (gradients(torch.bfloat16, contextlib.nullcontext()) - exact).norm() / exact.norm()
+    assert error < 1.1 * own
 
 
 class Products(TorchDispatchMode):

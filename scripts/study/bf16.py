@@ -5,14 +5,17 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from common.precision import is_fast
 
 aten = torch.ops.aten
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 PRODUCTS = {
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, ATTENTION,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    # in inference mode, where these are not taken apart
+    aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default,
 }  # fmt: skip
 
 
@@ -26,8 +29,15 @@ class ByFp32(TorchDispatchMode):
         kwargs = kwargs or {}
         if func not in PRODUCTS or args[0].dtype != torch.bfloat16:
             return func(*args, **kwargs)
-        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
-        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.bfloat16(), func(*args, **kwargs))
+        out = func(*_cast(args, torch.bfloat16, torch.float32), **_cast(kwargs, torch.bfloat16, torch.float32))
+        if func == ATTENTION:  # its second output, log-sum-exp, is in fp32 by itself
+            return _cast(out[0], torch.float32, torch.bfloat16), out[1]
+        return _cast(out, torch.float32, torch.bfloat16)
+
+
+def _cast(values: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """The values with the tensors of one dtype in another."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(new) if x.dtype == old else x, values)
 
 
 def fast_bf16() -> contextlib.AbstractContextManager:
