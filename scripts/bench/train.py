@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--json", default="")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # folder, a way as JSON: function and arguments
     args = parser.parse_args()
+    if args.steps <= WARMUP:
+        parser.error(f"--steps must be above {WARMUP}, which are not counted, got {args.steps}")
     if args.one:
         whose, *how = json.loads(args.one[1])
         seconds = {"ours": ours, "theirs": theirs}[whose](args, Path(args.one[0]), *how)
@@ -179,6 +181,7 @@ def main() -> None:
                 if done.returncode:
                     raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)  # should the whole be cut
                 tokens = count_tokens(args, Path(folder))
     table = []
     for name, runs in found.items():
