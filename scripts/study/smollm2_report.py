@@ -241,8 +241,10 @@ on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}), in {hours:.1f}
 
 The model of 134.5 million parameters ([scripts/get_smollm2.py](../../scripts/get_smollm2.py)) is fine-tuned for
 {size.steps} steps of {size.batch} examples on GSM8K's training problems (MetaMath's prompt) or on MBPP's training split
-(Magicoder's), in bf16 with fp32 master weights, linear schedule, 10 % warm-up. All scores are losses in nats per token;
-less is better. Learnt: the loss on {size.golds["gsm8k"]} (GSM8K) or {size.golds["mbpp"]} (MBPP) test solutions.
+(Magicoder's), in bf16 with fp32 master weights, linear schedule, 10 % warm-up. Where a processor has no bf16,
+its products are made in fp32 and rounded ([scripts/study/bf16.py](../../scripts/study/bf16.py)). All scores are losses
+in nats per token; less is better.
+Learnt: the loss on {size.golds["gsm8k"]} (GSM8K) or {size.golds["mbpp"]} (MBPP) test solutions.
 Retained: the loss on {size.passages} Wikipedia passages. Before training: {before}.
 keep_ratio is {KEEP_RATIO} but where it is varied. What is compared, and what counts as a difference (at least
 {MARGIN} nats), was fixed before the seeds were run: [scripts/study/smollm2.py](../../scripts/study/smollm2.py).
