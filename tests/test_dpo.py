@@ -310,7 +310,7 @@ def test_bad_input(tmp_path, dpo_args, rows_file):
     with pytest.raises(UserError, match="line 1: no column 'prompt'"):
         train.main(dpo_args(tmp_path / "a", "--dataset", str(rows_file)))
     with pytest.raises(UserError, match="one answer of a pair may have max_length 9000 tokens"):
-        train.main(dpo_args(tmp_path / "a", "--max_length", "9000"))
+        train.main(dpo_args(tmp_path / "a", "--max_length", "9000", "--micro_batch_tokens", "16384"))
     with pytest.raises(UserError, match="beta and length_normalised are of objective dpo"):
         train.main(dpo_args(tmp_path / "a", "--objective", "sft", "--beta", "0.2"))
     with pytest.raises(UserError, match="beta must be above 0"):
