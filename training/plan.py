@@ -164,6 +164,12 @@ def held_bytes(config: TrainConfig, model: nn.Module, masker: gmt.Masker, shards
     return held | mask_bytes(config, masker, shards)
 
 
+def certain_bytes(config: TrainConfig, model: nn.Module, masker: gmt.Masker, processes: int) -> dict[str, int]:
+    """held_bytes of what has to be on the GPU: paged optimizer state may be in the memory of the CPU."""
+    held = held_bytes(config, model, masker, backend.shards(processes))
+    return held | ({"optimizer": 0} if config.optimizer == "paged_adamw_8bit" else {})
+
+
 def most_at_once(held: dict[str, int]) -> int:
     """The most of these bytes that is there at once.
 
@@ -411,9 +417,7 @@ def choose_micro_batch_tokens(
     Returns:
         At least config.longest_example, which is the answer too where nothing fits.
     """
-    certain = held_bytes(config, model, masker, backend.shards(processes))
-    if config.optimizer == "paged_adamw_8bit":
-        certain["optimizer"] = 0  # may be in the memory of the CPU
+    certain = certain_bytes(config, model, masker, processes)
     for tokens in CHOICES:
         if tokens <= config.longest_example:
             break

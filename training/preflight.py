@@ -63,9 +63,7 @@ def check_memory(config: TrainConfig, model: nn.Module, masker: gmt.Masker, proc
     card = backend.card_bytes()
     if card is None:
         return
-    held = plan.held_bytes(config, model, masker, backend.shards(processes))
-    if config.optimizer == "paged_adamw_8bit":
-        held["optimizer"] = 0  # may be in the memory of the CPU
+    held = plan.certain_bytes(config, model, masker, processes)
     needed = plan.most_at_once(held)
     if needed > card:
         parts = ", ".join(f"{part} {n / 2**30:.1f}" for part, n in held.items() if n)

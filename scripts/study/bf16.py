@@ -1,4 +1,4 @@
-"""bf16 on processors without instructions for it: the same values up to the order of sums, at the speed of fp32."""
+"""bf16 on processors without instructions for it: the same up to rounding, at the speed of fp32."""
 
 import contextlib
 from typing import Any
@@ -23,6 +23,7 @@ class ByFp32(TorchDispatchMode):
     """Products of bf16 tensors are taken of fp32 copies, which hold the same numbers, and rounded to bf16.
 
     That is what bf16 instructions do: they sum in fp32. Without them torch's own products take a hundred times as long.
+    Attention is more exact than torch's own, which rounds its probabilities to bf16 on the way.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
