@@ -3,13 +3,19 @@
 import torch
 
 WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Whether oneDNN takes a dtype, which it does without instructions too; torch's names of these, on x86 and on ARM.
+INSTRUCTIONS = {
+    torch.bfloat16: ("_is_mkldnn_bf16_supported", ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16")),
+    torch.float16: ("_is_mkldnn_fp16_supported", ("avx512_fp16", "amx_fp16", "avx_ne_convert", "fp16_arith")),
+}
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device, instead: str) -> str:
     """A line for people if products of `dtype` are slow on `device`, else an empty text.
 
     On a CPU with AVX2 alone (many laptops; AMD before Zen 4) bf16 products take about a hundred times as long as fp32
-    ones. GPUs before Ampere (T4, V100) compute bf16 in fp32, without their tensor cores.
+    ones, on one with AVX-512 but without its bf16 (Intel's Skylake to Ice Lake, some virtual machines) five times. GPUs
+    before Ampere (T4, V100) compute bf16 in fp32, without their tensor cores.
 
     Args:
         dtype: what is multiplied: bfloat16, float16 or float32.
@@ -25,8 +31,9 @@ def warn_if_slow(dtype: torch.dtype, device: torch.device, instead: str) -> str:
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a device multiplies a 16-bit dtype at least as fast as fp32; True where that is not known."""
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-        return getattr(torch.ops.mkldnn, supported)()
+        taken, names = INSTRUCTIONS[dtype]
+        has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else dict.fromkeys(names, True)
+        return getattr(torch.ops.mkldnn, taken)() and any(has.get(name) for name in names)
     if device.type == "cuda" and dtype == torch.bfloat16:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True

@@ -26,9 +26,13 @@ def without_16_bits(monkeypatch):
 
 
 @pytest.fixture
-def with_16_bits(monkeypatch):
-    fast = types.SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: True)
-    monkeypatch.setattr(torch.ops, "mkldnn", fast)
+def capabilities(monkeypatch):
+    """What the processor has: a dictionary to fill; oneDNN takes all dtypes, as it does wherever there is AVX-512."""
+    takes_all = types.SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", takes_all)
+    found = {"avx2": True, "avx512_f": True, "avx512_bw": True, "avx512_bf16": False, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    return found
 
 
 def test_the_line_names_device_dtype_and_what_to_use(without_16_bits):
@@ -40,8 +44,22 @@ def test_the_line_names_device_dtype_and_what_to_use(without_16_bits):
     assert not precision.warn_if_slow(torch.bfloat16, torch.device("mps"), "")  # not known
 
 
-def test_nothing_is_said_of_a_fast_processor(with_16_bits):
+def test_avx512_without_its_16_bits_is_slow_too(capabilities):
+    assert "bf16" in precision.warn_if_slow(torch.bfloat16, CPU, "") and precision.warn_if_slow(torch.float16, CPU, "")
+    assert not precision.warn_if_slow(torch.float32, CPU, "")
+
+
+@pytest.mark.parametrize("bf16, fp16", [
+    ("avx512_bf16", "avx512_fp16"), ("amx_bf16", "amx_fp16"), ("avx_ne_convert",) * 2, ("bf16", "fp16_arith"),
+])  # fmt: skip
+def test_nothing_is_said_of_a_fast_processor(bf16, fp16, capabilities, monkeypatch):
+    capabilities[bf16] = True
+    assert not precision.warn_if_slow(torch.bfloat16, CPU, "")
+    capabilities[fp16] = True
     assert not any(precision.warn_if_slow(dtype, CPU, "") for dtype in (torch.bfloat16, torch.float16, torch.float32))
+    capabilities.clear()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # a torch that cannot tell
+    assert not precision.warn_if_slow(torch.bfloat16, CPU, "")
 
 
 @pytest.mark.parametrize("words, expected", [
