@@ -3,11 +3,8 @@
 import torch
 
 WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Whether oneDNN takes a dtype, which it does without instructions too; torch's names of these, on x86 and on ARM.
-INSTRUCTIONS = {
-    torch.bfloat16: ("_is_mkldnn_bf16_supported", ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16")),
-    torch.float16: ("_is_mkldnn_fp16_supported", ("avx512_fp16", "amx_fp16", "avx_ne_convert", "fp16_arith")),
-}
+# torch's names of them, on x86 and on ARM; oneDNN, asked alone, says that it supports bf16 wherever there is AVX-512
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16")
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device, instead: str) -> str:
@@ -31,9 +28,10 @@ def warn_if_slow(dtype: torch.dtype, device: torch.device, instead: str) -> str:
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a device multiplies a 16-bit dtype at least as fast as fp32; True where that is not known."""
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        taken, names = INSTRUCTIONS[dtype]
-        has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else dict.fromkeys(names, True)
-        return getattr(torch.ops.mkldnn, taken)() and any(has.get(name) for name in names)
+        if dtype == torch.float16:
+            return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {"bf16": True}
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(has.get(name) for name in BF16_INSTRUCTIONS)
     if device.type == "cuda" and dtype == torch.bfloat16:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True

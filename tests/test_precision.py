@@ -27,7 +27,7 @@ def without_16_bits(monkeypatch):
 
 @pytest.fixture
 def capabilities(monkeypatch):
-    """What the processor has: a dictionary to fill; oneDNN takes all dtypes, as it does wherever there is AVX-512."""
+    """What a processor with AVX-512 has: a dictionary to fill; oneDNN supports bf16 on it, and here fp16."""
     takes_all = types.SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: True)
     monkeypatch.setattr(torch.ops, "mkldnn", takes_all)
     found = {"avx2": True, "avx512_f": True, "avx512_bw": True, "avx512_bf16": False, "amx_bf16": False}
@@ -44,21 +44,19 @@ def test_the_line_names_device_dtype_and_what_to_use(without_16_bits):
     assert not precision.warn_if_slow(torch.bfloat16, torch.device("mps"), "")  # not known
 
 
-def test_avx512_without_its_16_bits_is_slow_too(capabilities):
-    assert "bf16" in precision.warn_if_slow(torch.bfloat16, CPU, "") and precision.warn_if_slow(torch.float16, CPU, "")
-    assert not precision.warn_if_slow(torch.float32, CPU, "")
+def test_avx512_without_its_bf16_is_slow_too(capabilities):
+    assert "bf16" in precision.warn_if_slow(torch.bfloat16, CPU, "")
+    assert not any(precision.warn_if_slow(dtype, CPU, "") for dtype in (torch.float16, torch.float32))
 
 
-@pytest.mark.parametrize("bf16, fp16", [
-    ("avx512_bf16", "avx512_fp16"), ("amx_bf16", "amx_fp16"), ("avx_ne_convert",) * 2, ("bf16", "fp16_arith"),
-])  # fmt: skip
-def test_nothing_is_said_of_a_fast_processor(bf16, fp16, capabilities, monkeypatch):
-    capabilities[bf16] = True
-    assert not precision.warn_if_slow(torch.bfloat16, CPU, "")
-    capabilities[fp16] = True
+@pytest.mark.parametrize("name", precision.BF16_INSTRUCTIONS)
+def test_nothing_is_said_of_a_fast_processor(name, capabilities):
+    capabilities[name] = True
     assert not any(precision.warn_if_slow(dtype, CPU, "") for dtype in (torch.bfloat16, torch.float16, torch.float32))
-    capabilities.clear()
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # a torch that cannot tell
+
+
+def test_nothing_is_said_where_torch_cannot_tell(capabilities, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not precision.warn_if_slow(torch.bfloat16, CPU, "")
 
 
