@@ -20,3 +20,4 @@ smollm2*) ;;
 esac
 python scripts/study/run.py --study "$STUDY" --results "$RESULTS" "$@"
 python scripts/report.py "$RESULTS"
+if [ "$RESULTS" = results/smollm2 ]; then python scripts/report.py results; fi # its table of claims has both

@@ -218,7 +218,16 @@ def test_a_line_that_was_cut_is_taken_away(results):
     path = results / "runs.jsonl"
     whole = path.read_text()
     path.write_text(whole + '{"part": "see')
-    assert len(driver.read_lines(path)) == whole.count("\n") and path.read_text() == whole
+    assert len(driver.read_lines(path)) == whole.count("\n")
+    driver.take_away_a_cut_line(path)
+    assert path.read_text() == whole
+
+
+def test_of_two_lines_of_a_run_the_first_counts(tmp_path):
+    runs = [{**asdict(driver.Run("rates", "gsm8k", "none", rate, None, 0)), "new": rate} for rate in (1.0, 2.0)]
+    lines = [*runs, {**runs[0], "new": 9.0}]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert driver.read_lines(tmp_path / "runs.jsonl") == runs
 
 
 @pytest.mark.slow
@@ -277,18 +286,24 @@ def real_lines():
         scores = (new, frontier(new) - better)
         lines.append(real_line(*(getattr(run, x) for x in driver.Run.__annotations__ if x != "keep_ratio"), *scores))
         lines[-1]["keep_ratio"] = run.keep_ratio
-    lines += [{**x, "rule": "drop", "keep_ratio": 0.2, "new": x["new"] + 0.01} for x in lines if x["rule"] == "none"]
+    lines += [dropped(x) for x in lines if (x["part"], x["rule"]) == ("rates", "none")]
     for run in smollm2.seed_runs(SIZE, lines):
         new = 0.9 + rng.normal() / 1000
         better = 0.02 if (run.task, run.rule) == ("gsm8k", "gmt_frozen") else 0
         retained = frontier(new) - better + rng.normal() / 2000
         lines.append(real_line(run.part, run.task, run.rule, run.learning_rate, run.seed, new, retained))
+        lines += [dropped(lines[-1])] * (run.rule == "none")
     return lines
+
+
+def dropped(line):
+    new = line["new"] + 0.01
+    return {**line, "rule": "drop", "keep_ratio": 0.2, "new": new, "retained": frontier(new)}
 
 
 def test_the_runs_of_the_real_study_come_middle_first_and_once():
     runs = smollm2.one_seed_runs(SIZE)
-    assert len(runs) == len(set(runs)) == (9 * 4 + 10 + 2 + 3) + 4 * 4
+    assert len(runs) == len(set(runs)) == (9 * 4 + 10 + 2 + 4) + 4 * 4
     assert {(run.rule, run.learning_rate) for run in runs[:4]} == {("none", rate) for rate in SIZE.rates}
     assert {run.learning_rate for run in runs[4:12] if run.rule != "lora"} == {2e-4}
     assert {run.rule for run in runs[4:12]} == set(smollm2.ALL) - {"none", "drop"}
@@ -300,7 +315,7 @@ def test_the_runs_of_the_real_study_come_middle_first_and_once():
 
 def test_what_the_paper_compares_comes_first(real_lines):
     first, seeds, others, other_seeds = (part(real_lines) for part in smollm2.SmolLM2(SIZE).parts())
-    assert {run.task for run in first + seeds} == {"gsm8k"} and len(first) == 5 * 4 + 10 + 2 + 3
+    assert {run.task for run in first + seeds} == {"gsm8k"} and len(first) == 5 * 4 + 10 + 2 + 4
     assert {run.rule for run in first if run.part != "clip"} == {"none", "gmt", "rmt", "gmt_frozen", "hft"}
     assert [run.part for run in seeds] == ["seeds"] * 25
     assert set(first) < set(others) and set(seeds) < set(other_seeds)
@@ -398,38 +413,77 @@ def test_without_data_one_line_says_what_is_needed(tmp_path, monkeypatch):
 def test_excess_is_measured_from_sfts_frontier_up_to_its_best_rate():
     points = ((1e-4, 0.95), (2e-4, 0.9), (4e-4, 0.85), (8e-4, 0.88))  # the last rate is past the best
     lines = [real_line("rates", "gsm8k", "none", r, 1000, new, frontier(new) + (r == 8e-4)) for r, new in points]
+    lines.append(real_line("frontier", "gsm8k", "none", 1.4e-4, 1000, 0.92, frontier(0.92)))
     curve = smollm2_report.sft_frontier(lines, "gsm8k")
-    for new in (0.95, 0.9, 0.85):
+    for new in (0.95, 0.92, 0.9, 0.85):
         assert curve(new) == pytest.approx(frontier(new))
-    assert curve(0.92) == pytest.approx(frontier(0.92), abs=5e-4)
-    assert curve(0.96) == pytest.approx(frontier(0.95) - 0.01 * 0.06, abs=1e-4)  # on the line through the last two
-    assert curve(0.83) == pytest.approx(frontier(0.85) + 0.02 * (frontier(0.85) - frontier(0.9)) / 0.05, abs=1e-6)
+    assert curve(0.935) == pytest.approx(frontier(0.935), abs=5e-4)
+    assert curve(0.97) == curve(0.95) and curve(0.83) == curve(0.85)  # level: two close rates would give any slope
     assert curve(0.971) is None and curve(0.829) is None
-    found = smollm2_report.with_excess([*lines, real_line("seeds", "gsm8k", "gmt", 2e-4, 0, 0.9, frontier(0.9) + 0.01)])
+    found = smollm2_report.usable([*lines, real_line("frontier", "gsm8k", "gmt", 2e-4, 0, 0.9, frontier(0.9) + 0.01)])
     assert found[-1]["excess"] == pytest.approx(0.01) and found[3]["excess"] > 0.9
+    early = smollm2_report.sft_frontier(lines[:1], "gsm8k")
+    assert early(0.95) is None
+
+
+def claims_of(lines):
+    base = {"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}
+    return smollm2_report.claims(SIZE, smollm2_report.usable(lines), base)
 
 
 def test_the_real_report_finds_what_is_there_and_nothing_else(real_lines):
-    base = {"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}
-    claims = smollm2_report.claims(SIZE, smollm2_report.with_excess(real_lines), base)
+    claims = claims_of(real_lines)
     better = claims["gmt, frozen retains more at the same new skill than rmt"]
-    assert better["gsm8k"].startswith("**holds**: -0.0") and better["mbpp"].startswith("cannot be told")
+    assert better["gsm8k"].startswith("**holds**: -0.0") and better["mbpp"].startswith("no difference")
     assert claims["gmt, frozen retains more than none (SFT)"]["gsm8k"].startswith("**holds**")
     for claim, verdicts in claims.items():
         if claim.startswith("gmt ") and "keep_ratio" not in claim and "drop" not in claim:
-            assert verdicts["gsm8k"].startswith("cannot be told"), claim
-            told = "not compared" if "hft" in claim else "cannot be told"
+            assert verdicts["gsm8k"].startswith("no difference"), claim
+            told = "not compared" if "hft" in claim else "no difference"
             assert verdicts["mbpp"].startswith(told), claim
+    assert claims["gmt learns more of the new skill than one-off drop"]["gsm8k"].startswith("**holds**: -0.01")
     sensitive = claims["gmt is insensitive to keep_ratio"]
-    assert sensitive["gsm8k"].startswith("**does not hold**") and "at 0.05" in sensitive["gsm8k"]
+    assert sensitive["gsm8k"].startswith("**does not hold**: at most +0.0500 nats from 0.2, at 0.05 and rate 0.0002")
     assert sensitive["mbpp"] == "not compared"
-    early = [x for x in real_lines if x["seed"] != 4 and (x["part"], x["keep_ratio"]) != ("keep_ratio", 0.7)]
-    claims = smollm2_report.claims(SIZE, smollm2_report.with_excess(early), base)
-    assert claims["gmt, frozen retains more than none (SFT)"]["gsm8k"] == "not run yet: 4 of 5 seeds are there"
+    for x in real_lines:
+        x["retained"] += 0.1 * (x["rule"] == "gmt_frozen")
+    assert claims_of(real_lines)["gmt, frozen retains more than none (SFT)"]["gsm8k"].startswith("**the contrary holds")
+
+
+def test_nothing_is_judged_before_all_seeds_of_the_papers_rules_are_there(real_lines):
+    early = [x for x in real_lines if (x["rule"], x["seed"]) != ("hft", 4) and x["keep_ratio"] != 0.7]
+    claims = claims_of(early)
+    for claim, verdicts in claims.items():  # not only the claims about hft: all are corrected together
+        if "keep_ratio" not in claim:
+            assert verdicts["gsm8k"] == "not run yet: 29 of 30 models are there", claim
     assert claims["gmt is insensitive to keep_ratio"]["gsm8k"] == "not run yet: 2 runs are missing"
-    contrary = [{**x, "retained": x["retained"] + 0.1 * (x["rule"] == "gmt_frozen")} for x in real_lines]
-    claims = smollm2_report.claims(SIZE, smollm2_report.with_excess(contrary), base)
-    assert claims["gmt, frozen retains more than none (SFT)"]["gsm8k"].startswith("**the contrary holds**")
+    assert "gmt minus" not in smollm2_report.comparison_table(SIZE, smollm2_report.usable(early)).split("MBPP")[0]
+    papers = [x for x in real_lines if x["rule"] in smollm2.PAPER]  # what later rules bring changes no p-value
+    for claim, verdicts in claims_of(papers).items():
+        if "keep_ratio" not in claim:
+            assert verdicts == claims_of(real_lines)[claim]
+
+
+def test_a_pair_that_cannot_be_compared_counts_in_the_correction(real_lines):
+    usable = smollm2_report.usable(real_lines)
+    for x in usable:
+        if (x["task"], x["part"], x["rule"], x["seed"]) == ("gsm8k", "seeds", "drop", 2):
+            x["excess"] = None  # beyond SFT's rates
+    base = {"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}
+    claims = smollm2_report.claims(SIZE, usable, base)
+    text = claims["gmt retains more at the same new skill than one-off drop"]["gsm8k"]
+    assert text == "not compared: SFT's rates do not cover all of their losses on the new task"
+    paper = {rule for pair in smollm2_report.families(SIZE, "gsm8k")[0] for rule in pair}
+    found = [c for c in smollm2_report.comparisons(SIZE, usable, "gsm8k") if {*c["pair"]} <= paper]
+    excess = [c for c in found if c["metric"] == "excess"]
+    assert len(excess) == 11 - 3
+    smallest = min(excess, key=lambda c: c["p"])
+    assert smallest["corrected"] == pytest.approx(min(1, 11 * smallest["p"]))
+
+
+def test_seeds_at_a_rate_that_is_no_longer_chosen_do_not_count(real_lines):
+    other = [{**x, "learning_rate": 8 * x["learning_rate"], "new": 0.5} for x in real_lines if x["part"] == "seeds"]
+    assert claims_of(other + real_lines) == claims_of(real_lines)
 
 
 def test_the_claims_of_both_studies_stand_side_by_side(results, real_lines, tmp_path):
@@ -464,11 +518,13 @@ def test_what_small_models_retain_at_the_same_new_skill():
 def test_a_difference_below_the_margin_is_none(real_lines):
     for x in real_lines:
         x["retained"] += 0.016 * (x["rule"] == "gmt_frozen" and x["task"] == "gsm8k")  # 0.004 remain, with p < 0.05
-    lines = smollm2_report.with_excess(real_lines)
-    found = {(c["metric"], *c["pair"]): c for c in smollm2_report.comparisons(lines, "gsm8k")}
+    lines = smollm2_report.usable(real_lines)
+    found = {(c["metric"], *c["pair"]): c for c in smollm2_report.comparisons(SIZE, lines, "gsm8k")}
     entry = found["retained", "gmt_frozen", "none"]
     assert entry["p"] < 0.05 and abs(entry["mean"]) < smollm2.MARGIN
-    assert smollm2_report.verdict({**entry, "corrected": 0.001}).startswith("cannot be told")
+    entry["corrected"] = 0.001
+    assert smollm2_report.verdict({**entry, "half": 0.0009}).startswith("no difference")
+    assert smollm2_report.verdict({**entry, "half": 0.0015}).startswith("cannot be told")
 
 
 def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path):
@@ -476,19 +532,19 @@ def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path
     about |= {"processes": 2, "hardware": {"cpu_count": 2, "gpu": None}}
     (tmp_path / "study.json").write_text(json.dumps(about))
     text = smollm2_report.write_report(tmp_path)  # as in the first minutes
-    assert "Before training: not run yet." in text and "rates 0 of 55 runs; keep_ratio 0 of 10" in text
+    assert "Before training: not run yet." in text and "rates 0 of 52 runs; keep_ratio 0 of 10" in text
     assert "| gmt learns more of the new skill than none (SFT) | not run yet | not run yet |" in text
     some = smollm2_report.header(SIZE, real_lines[:15], about, {})
     assert (
-        "rates 12 of 55 runs; keep_ratio 1 of 10 runs; clip 2 of 2" in some
+        "rates 12 of 52 runs; keep_ratio 1 of 10 runs; clip 2 of 2" in some
         and "wait for the rates of the rules that the pap" in some
     )
     papers = [x for x in real_lines if x["part"] == "clip" or (x["part"] != "seeds" and x["rule"] in smollm2.PAPER)]
-    assert "clip 2 of 2 runs; seeds 0 of 25 runs" in smollm2_report.header(SIZE, papers, about, {})
+    assert "clip 2 of 2 runs; frontier 4 of 4 runs; seeds 0 of 25 runs" in smollm2_report.header(SIZE, papers, about, {})
     (tmp_path / "bases.json").write_text(json.dumps({"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}))
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines))
     text = smollm2_report.write_report(tmp_path)
-    assert "clip 2 of 2 runs; seeds 65 of 65 runs" in text and "GSM8K 1.3000, MBPP 1.4000, Wikipedia 2.8000" in text
+    assert "clip 2 of 2 runs; frontier 4 of 4 runs; seeds 65 of 65 runs" in text and "GSM8K 1.3000, MBPP 1.4000, Wikipedia 2.8000" in text
     for name in ("frontier", "keep_ratio", "mask_steps", "mask_places"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
@@ -528,7 +584,7 @@ def test_a_tiny_study_of_a_real_model_runs_whole_and_goes_on_from_its_lines(tmp_
     shutil.rmtree(models / "smollm2_tiny" / "data")  # as on another machine, with the committed lines alone
     (results / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:-2]))
     assert list(map(timeless, run())) == list(map(timeless, lines))
-    assert "clip 1 of 1 runs; seeds" in smollm2_report.write_report(results)
+    assert "clip 1 of 1 runs; frontier 0 of 0 runs; seeds" in smollm2_report.write_report(results)
 
 
 def timeless(line):

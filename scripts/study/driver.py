@@ -89,6 +89,7 @@ def run_study(study: Study, folder: Path, results: Path, processes: int, command
     workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker, (threads,))
     with workers as pool:
         study.bases(folder, results, pool)
+        take_away_a_cut_line(results / RUNS)
         for part in study.parts():
             todo = missing(part(lines := read_lines(results / RUNS)), lines)
             futures = [pool.submit(study.make, run, folder) for run in todo]
@@ -110,16 +111,29 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def missing(runs: list[Run], lines: Lines) -> list[Run]:
     """The runs without a line, in their order."""
-    there = {tuple(line[key] for key in Run.__annotations__) for line in lines}
+    there = {key_of(line) for line in lines}
     return [run for run in runs if tuple(asdict(run).values()) not in there]
 
 
 def read_lines(path: Path) -> Lines:
-    """The lines of runs.jsonl; a last one that was cut is taken away."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        path.write_text("".join(lines := lines[:-1]))
-    return [json.loads(line) for line in lines]
+    """The lines of runs.jsonl, the first of each run, without a last one that was cut."""
+    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found: dict[tuple, dict[str, Any]] = {}
+    for line in (json.loads(text) for text in texts if text.endswith("\n")):
+        found.setdefault(key_of(line), line)
+    return list(found.values())
+
+
+def take_away_a_cut_line(path: Path) -> None:
+    """So that the next one can be appended."""
+    text = path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1])
+
+
+def key_of(line: dict[str, Any]) -> tuple:
+    """The run that a line is of."""
+    return tuple(line[key] for key in Run.__annotations__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

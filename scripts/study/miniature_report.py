@@ -121,7 +121,8 @@ def answers(lines: Lines, tasks: list[str], beside: dict[str, dict[str, str]]) -
     if others:
         text += (
             f"\n\n{' and '.join(others)}: the real model SmolLM2-135M, in nats per token, where less is better "
-            "([smollm2/README.md](smollm2/README.md)); the other columns: small models on generated problems."
+            "([smollm2/README.md](smollm2/README.md), which says how); the other columns, and all that follows: small "
+            "models on generated problems."
         )
     return text + (
         f"\n\nOf {counts.total()} comparisons of the small models at their chosen rates {counts[HOLDS]} hold, in "

@@ -12,21 +12,26 @@ beside it. A line of runs.jsonl per scored model, in this order:
                 the middle rates first
     keep_ratio  gmt at the two middle rates, with other keep_ratios
     clip        gmt and rmt at the lower of these rates, clipped by the norm that masking leaves
+    frontier    SFT at further rates, so that what it retains is known at each loss that others reach
     seeds       every rule at its chosen rate, other samples of the data in another order
 
-All four of the first task with the rules that the paper compares come first; then those of the other rules and tasks.
+All but the last of the first task with the rules that the paper compares come first, then their seeds; then the same of
+the other rules and tasks.
 
 Fixed before the part seeds was run:
 
-- The chosen rate of a rule is that with the lowest sum of new and retained, the lowest of equals; drop, which masks the
-  task vectors of SFT's models, has SFT's.
+- The chosen rate of a rule is that of part rates with the lowest sum of new and retained, the lowest of equals; drop,
+  which masks the task vectors of SFT's models, has SFT's.
 - A rule that learns less and forgets less may just have taken smaller steps. So the first question is what is retained
   at an equal loss on the new task: a run's excess is its retained minus that of SFT's frontier at the same new, a
-  monotone cubic through SFT's rates up to its best one, and REACH further on straight lines, since seeds differ. A run
-  whose new is beyond that has none.
+  monotone cubic through SFT's rates up to its best one, and level for REACH further at both ends, since seeds differ:
+  whoever learns more than SFT at its best is held against that. A run beyond has none.
 - gmt and gmt frozen are compared with SFT, rmt, hft and drop, every other rule with SFT, seed by seed, in new, retained
-  and excess. A difference is one if it is at least MARGIN and the p-value of the paired t test, corrected by Holm over
-  all pairs of a task and measure, is below 0.05. Seeds alone vary in it: base model, test items and recipe do not.
+  and excess, once all seeds of the rules are there. A difference is one if it is at least MARGIN and the p-value of the
+  paired t test, corrected by Holm, is below 0.05. Corrected are all pairs of a task and measure, those of the rules
+  that the paper compares and the others apart; a pair that cannot be compared counts. There is no difference if the
+  95 % interval lies within MARGIN of 0; else this study cannot tell. Seeds alone vary in it: base model, test items,
+  rates and frontier do not.
 - keep_ratio does not matter if from 0.05 up, at both rates, new stays within 5 % of what SFT gains at that rate (base
   minus SFT) of that at 0.2; it does if it leaves that range by MARGIN or more; else this study cannot tell.
 """
@@ -90,7 +95,7 @@ class Size:
 
     rules: dict[str, tuple[str, ...]]  # of each new task
     rates: tuple[float, ...]
-    between: tuple[float, ...]  # further rates of SFT, on the first task
+    between: tuple[float, ...]  # further rates of SFT, part frontier, on the first task
     keep_ratios: tuple[float, ...]  # and KEEP_RATIO; on the first task
     seeds: int
     steps: int
@@ -104,7 +109,7 @@ class Size:
 PAPER = ("none", "gmt", "rmt", "gmt_frozen", "hft", "drop")  # what the paper compares
 ALL = (*PAPER[:-1], "lora", "mofo", "shira", "sift", "drop")
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-BETWEEN = (1.4e-4, 2.8e-4, 5.6e-4)
+BETWEEN = (1.4e-4, 2.8e-4, 7e-5, 5e-5)
 SIZES = {
     "smollm2": Size(
         {"gsm8k": ALL, "mbpp": ("none", "gmt", "rmt", "gmt_frozen", "drop")},
@@ -151,7 +156,7 @@ def one_seed_runs(size: Size) -> list[Run]:
             if task == first and i < 2:
                 runs += [run_of("keep_ratio", task, "gmt", rate, TUNING_SEED, keep) for keep in size.keep_ratios]
         if task == first:
-            runs += [run_of("rates", task, "none", rate, TUNING_SEED) for rate in size.between]
+            runs += [run_of("frontier", task, "none", rate, TUNING_SEED) for rate in size.between]
     return runs
 
 
@@ -317,12 +322,13 @@ def make(run: Run, size: Size, folder: Path) -> Lines:
         ])  # fmt: skip
         line = {**asdict(run), **trained(here), "train_seconds": round(time.monotonic() - start, 1)}
         lines = [{**line, **scored(folder, here / "final", run.task)}]
-        if run.rule == "none" and "drop" in size.rules[run.task]:
+        if run.rule == "none" and run.part != "frontier" and "drop" in size.rules[run.task]:
             dropped = here / "dropped" / "final"
             words = ["--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(dropped)]
             merge.main(["drop", *words, "--keep_ratio", str(KEEP_RATIO)])
             of_drop = asdict(replace(run, rule="drop", keep_ratio=KEEP_RATIO))
-            lines.append({**of_drop, **scored(folder, dropped, run.task)})
+            # before its own line, which says that the run is there: a cut between the two loses neither
+            lines.insert(0, {**of_drop, **scored(folder, dropped, run.task)})
     shutil.rmtree(here)
     return lines
 

@@ -20,6 +20,7 @@ from scripts.study.miniature_report import CONTRARY, HOLDS, UNTOLD
 from scripts.study.smollm2 import (
     KEEP_RATIO,
     MARGIN,
+    PAPER,
     REACH,
     RULES,
     TUNING_SEED,
@@ -27,6 +28,7 @@ from scripts.study.smollm2 import (
     choose_rate,
     one_seed_runs,
     papers,
+    rate_of,
     seed_runs,
 )  # fmt: skip
 
@@ -40,7 +42,7 @@ STYLE = {
 }  # fmt: skip
 PAIRS = [(rule, other) for rule in ("gmt", "gmt_frozen") for other in ("none", "rmt", "hft", "drop")]
 PAIRS += [(rule, "none") for rule in ("rmt", "hft", "drop", "lora", "mofo", "shira", "sift")]
-NOT_YET, NOT_COMPARED = "not run yet", "not compared"
+NOT_YET, NOT_COMPARED, NO_DIFFERENCE = "not run yet", "not compared", "no difference"
 
 
 def verdicts(folder: Path) -> dict[str, dict[str, str]]:
@@ -48,7 +50,7 @@ def verdicts(folder: Path) -> dict[str, dict[str, str]]:
     if not (folder / ABOUT).exists():
         return {}
     size = size_of(run_folder.read_json(folder / ABOUT))
-    found = claims(size, with_excess(read_lines(folder / RUNS)), base_scores(folder))
+    found = claims(size, usable(read_lines(folder / RUNS)), base_scores(folder))
     return {claim: {TASKS[task]: text for task, text in by_task.items()} for claim, by_task in found.items()}
 
 
@@ -66,11 +68,11 @@ def write_report(folder: Path) -> str:
     about = run_folder.read_json(folder / ABOUT)
     size = size_of(about)
     base = base_scores(folder)
-    lines = with_excess(read_lines(folder / RUNS))
+    lines = usable(read_lines(folder / RUNS))
     parts = [
         header(size, lines, about, base), claims_table(size, lines, base),
-        "## Every rate\n", frontier_figure(lines, base, folder / "frontier"), rates_table(lines, base),
-        "## Seeds\n", seeds_table(lines), comparison_table(lines),
+        "## Every rate\n", frontier_figure(lines, base, folder / "frontier"), rates_table(size, lines, base),
+        "## Seeds\n", seeds_table(size, lines), comparison_table(size, lines),
         "## keep_ratio\n", keep_ratio_figure(lines, base, folder / "keep_ratio"), keep_ratio_table(lines, base),
         "## Clipping before or after masking\n", clip_table(lines),
         "## What the masks keep\n", masks_text(lines, folder),
@@ -98,59 +100,70 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def sft_frontier(lines: Lines, task: str) -> Callable[[float], float | None]:
-    """What SFT retains at a loss on the new task, between its rates up to the best and REACH beyond; else None."""
-    points: list[tuple[float, float]] = []
-    for line in of(lines, part="rates", task=task, rule="none"):
-        if points and line["new"] >= points[-1][0]:
-            break
-        points.append((line["new"], line["retained"]))
+    """What SFT retains at a loss on the new task: by its rates up to the best, level for REACH beyond, else None."""
+    found = [x for x in of(lines, task=task, rule="none") if x["part"] in ("rates", "frontier")]
+    best = min(found, key=lambda x: x["new"], default=None)
+    points = {x["new"]: x["retained"] for x in found if x["learning_rate"] <= best["learning_rate"]}
     if len(points) < 2:
         return lambda new: None
-    points.reverse()
-    ends = [(points[0], points[1], -REACH), (points[-1], points[-2], REACH)]
-    beyond = [(a[0] + by, a[1] + by * (b[1] - a[1]) / (b[0] - a[0])) for a, b, by in ends]
-    x, y = map(np.array, zip(beyond[0], *points, beyond[1], strict=True))
+    x, y = map(np.array, zip(*sorted(points.items()), strict=True))
     curve = PchipInterpolator(x, y)
-    return lambda new: float(curve(new)) if x[0] <= new <= x[-1] else None
+    return lambda new: float(curve(np.clip(new, x[0], x[-1]))) if x[0] - REACH <= new <= x[-1] + REACH else None
 
 
-def with_excess(lines: Lines) -> Lines:
-    """Each line with excess, what it retains less than SFT's frontier at its loss on the new task, or None."""
+def usable(lines: Lines) -> Lines:
+    """The lines but those of seeds at another than the rule's chosen rate; each with excess, what it retains less than
+    SFT's frontier at its loss on the new task, or None."""
+    chosen = {(x["task"], x["rule"]): choose_rate(lines, x["task"], x["rule"]) for x in lines}
+    lines = [x for x in lines if x["part"] != "seeds" or x["learning_rate"] == chosen[x["task"], x["rule"]]]
     frontiers = {task: sft_frontier(lines, task) for task in TASKS}
     at = [frontiers[line["task"]](line["new"]) for line in lines]
     return [{**x, "excess": None if f is None else x["retained"] - f} for x, f in zip(lines, at, strict=True)]
 
 
-def comparisons(lines: Lines, task: str) -> list[dict]:
-    """Paired differences between two rules of part seeds, with p-values corrected within each metric."""
+def families(size: Size, task: str) -> list[list[tuple[str, str]]]:
+    """The pairs of rules that are corrected together: those that the paper compares, and the others."""
+    pairs = [pair for pair in PAIRS if {*pair} <= {*size.rules[task]}]
+    return [[p for p in pairs if {*p} <= {*PAPER}], [p for p in pairs if not {*p} <= {*PAPER}]]
+
+
+def seeds_there(size: Size, lines: Lines, task: str, family: list[tuple[str, str]]) -> tuple[int, int]:
+    """(scored models, planned ones) of a family's rules in part seeds."""
+    rules = {rule for pair in family for rule in pair}
+    return sum(len(of(lines, part="seeds", task=task, rule=rule)) for rule in rules), size.seeds * len(rules)
+
+
+def comparisons(size: Size, lines: Lines, task: str) -> list[dict]:
+    """Paired differences between two rules over the seeds, with p-values corrected within each family and metric.
+
+    A family is compared once all its seeds are there: a look at some, and then at more, would be a test more. A pair
+    of which a model has no excess is left out, and counts in the correction.
+    """
     out = []
-    for metric in METRICS:
-        found = []
-        for first, other in PAIRS:
-            values = [
-                {x["seed"]: x[metric] for x in of(lines, part="seeds", task=task, rule=rule) if x[metric] is not None}
-                for rule in (first, other)
-            ]
-            seeds = sorted(values[0].keys() & values[1].keys())
-            if len(seeds) < 2:
-                continue
-            a, b = ([v[seed] for seed in seeds] for v in values)
-            mean, half = interval(np.subtract(a, b))
-            p = float(ttest_rel(a, b).pvalue) if half > 0 else float(mean == 0)
-            found.append(
-                {"metric": metric, "pair": (first, other), "mean": mean, "half": half, "p": p, "n": len(seeds)}
-            )
-        for entry, corrected in zip(found, holm([e["p"] for e in found]), strict=True):
-            out.append({**entry, "corrected": corrected})
+    for family in families(size, task):
+        there, planned = seeds_there(size, lines, task, family)
+        if there < planned:
+            continue
+        for metric in METRICS:
+            found = []
+            for pair in family:
+                a, b = ([x[metric] for x in of(lines, part="seeds", task=task, rule=rule)] for rule in pair)
+                if None in (*a, *b) or len(a) < 2:
+                    continue
+                mean, half = interval(np.subtract(a, b))
+                p = float(ttest_rel(a, b).pvalue) if half > 0 else float(mean == 0)
+                found.append({"metric": metric, "pair": pair, "mean": mean, "half": half, "p": p, "n": len(a)})
+            corrected = holm([e["p"] for e in found] + [1.0] * (len(family) - len(found)))
+            out += [{**entry, "corrected": p} for entry, p in zip(found, corrected, strict=False)]
     return out
 
 
-def verdict(found: dict | None) -> str:
-    """Whether less of a loss is left: holds, the contrary does, or neither can be told."""
-    if found is None:
-        return NOT_YET
-    told = found["corrected"] < LEVEL and abs(found["mean"]) >= MARGIN
-    word = (HOLDS if found["mean"] < 0 else CONTRARY) if told else UNTOLD
+def verdict(found: dict) -> str:
+    """Whether less of a loss is left: holds, the contrary does, no difference, or none of these can be told."""
+    if found["corrected"] < LEVEL and abs(found["mean"]) >= MARGIN:
+        word = HOLDS if found["mean"] < 0 else CONTRARY
+    else:
+        word = NO_DIFFERENCE if abs(found["mean"]) + found["half"] < MARGIN else UNTOLD
     return f"{word}: {found['mean']:+.4f} ± {found['half']:.4f} nats, p = {found['corrected']:.2g}, n = {found['n']}"
 
 
@@ -168,23 +181,24 @@ def insensitive(size: Size, lines: Lines, task: str, base: dict) -> str:
     """The answer to the claim that keep_ratio does not matter; no word of it before all runs are there."""
     if left := sum(run.part == "keep_ratio" for run in missing(one_seed_runs(size), lines)):
         return f"{NOT_YET}: {left} runs are missing"
-    worst, words = (0.0, 0.0, 0.0, 0.0), set()
+    found = []
     for rate, by_ratio in sweep(lines, task).items():
         sft = of(lines, part="rates", task=task, rule="none", learning_rate=rate)
         if KEEP_RATIO not in by_ratio or not sft:
-            continue
+            return NOT_YET
         range_ = TOLERANCE * (base[task] - sft[0]["new"])
         for keep_ratio, line in by_ratio.items():
-            if keep_ratio < LEAST_KEEP_RATIO or keep_ratio == KEEP_RATIO:
-                continue
-            difference = line["new"] - by_ratio[KEEP_RATIO]["new"]
-            beyond = abs(difference) - range_
-            words.add("no" if beyond >= MARGIN else "yes" if beyond <= 0 else "cannot")
-            worst = max(worst, (abs(difference), difference, keep_ratio, rate))
-    if not words:
+            if keep_ratio >= LEAST_KEEP_RATIO and keep_ratio != KEEP_RATIO:
+                difference = line["new"] - by_ratio[KEEP_RATIO]["new"]
+                found.append((abs(difference) - range_, difference, range_, keep_ratio, rate))
+    if not found:
         return NOT_YET
-    word = "**does not hold**" if "no" in words else UNTOLD if "cannot" in words else HOLDS
-    return f"{word}: largest difference from {KEEP_RATIO}: {worst[1]:+.4f} nats at {worst[2]:g}, rate {worst[3]:g}"
+    beyond, difference, range_, keep_ratio, rate = max(found)
+    word = HOLDS if beyond <= 0 else UNTOLD if beyond < MARGIN else "**does not hold**"
+    return (
+        f"{word}: at most {difference:+.4f} nats from {KEEP_RATIO}, at {keep_ratio:g} and rate {rate:g}, where "
+        f"{range_:.4f} are allowed; one seed"
+    )
 
 
 def claims(size: Size, lines: Lines, base: dict) -> dict[str, dict[str, str]]:
@@ -192,18 +206,23 @@ def claims(size: Size, lines: Lines, base: dict) -> dict[str, dict[str, str]]:
     out: dict[str, dict[str, str]] = {}
     wordings = {"new": "learns more of the new skill than", "retained": "retains more than"}
     wordings["excess"] = "retains more at the same new skill than"
-    for i, (task, rules) in enumerate(size.rules.items()):
-        found = {(c["metric"], *c["pair"]): c for c in comparisons(lines, task)}
+    for i, task in enumerate(size.rules):
+        paper, _ = families(size, task)
+        there, planned = seeds_there(size, lines, task, paper)
+        found = {(c["metric"], *c["pair"]): c for c in comparisons(size, lines, task)}
         for metric, wording in wordings.items():
-            for first, other in PAIRS:
-                if first in ("gmt", "gmt_frozen"):
-                    text = verdict(found.get((metric, first, other))) if {first, other} <= {*rules} else NOT_COMPARED
-                    seeds = found.get(("new", first, other), {}).get("n", 0)
-                    if 0 < seeds < size.seeds:  # a look at some of them, and then at more, is a test more
-                        text = f"{NOT_YET}: {seeds} of {size.seeds} seeds are there"
-                    elif text == NOT_YET and seeds:
-                        text = "not compared: SFT does not reach these losses on the new task"
-                    out.setdefault(f"{NAMES[first]} {wording} {NAMES[other]}", {})[task] = text
+            for pair in PAIRS:
+                if pair[0] not in ("gmt", "gmt_frozen"):
+                    continue
+                if pair not in paper:
+                    text = NOT_COMPARED
+                elif there < planned:
+                    text = f"{NOT_YET}: {there} of {planned} models are there" if there else NOT_YET
+                elif (metric, *pair) in found:
+                    text = verdict(found[metric, *pair])
+                else:
+                    text = f"{NOT_COMPARED}: SFT's rates do not cover all of their losses on the new task"
+                out.setdefault(f"{NAMES[pair[0]]} {wording} {NAMES[pair[1]]}", {})[task] = text
         text = insensitive(size, lines, task, base) if i == 0 else NOT_COMPARED
         out.setdefault("gmt is insensitive to keep_ratio", {})[task] = text
     return out
@@ -218,7 +237,7 @@ def header(size: Size, lines: Lines, about: dict, base: dict) -> str:
     planned = one_seed_runs(size)
     left = missing(planned, lines)
     counts = []
-    for part in ("rates", "keep_ratio", "clip"):
+    for part in ("rates", "keep_ratio", "clip", "frontier"):
         of_part = [run for run in planned if run.part == part]
         counts.append(f"{part} {len(of_part) - sum(run.part == part for run in left)} of {len(of_part)} runs")
     if missing(one_seed_runs(papers(size)), lines):
@@ -226,7 +245,7 @@ def header(size: Size, lines: Lines, about: dict, base: dict) -> str:
     else:
         later = seed_runs(papers(size) if left else size, lines)
         counts.append(f"seeds {len(later) - len(missing(later, lines))} of {len(later)} runs")
-    hours = sum(x.get("train_seconds", 0) + x["score_seconds"] for x in lines) / 3600 / about["processes"]
+    hours = sum(x.get("train_seconds", 0) + x["score_seconds"] for x in lines) / 3600
     hardware, before = about["hardware"], NOT_YET
     if base:
         before = ", ".join(f"{TASKS.get(key, 'Wikipedia')} {base[key]:.4f}" for key in (*TASKS, "wikipedia"))
@@ -235,7 +254,8 @@ def header(size: Size, lines: Lines, about: dict, base: dict) -> str:
 
 Written by `python scripts/report.py` from [runs.jsonl](runs.jsonl), a line per scored model, made by
 `STUDY=smollm2 bash scripts/study.sh` from commit {about["git_commit"]} on, with torch {about["versions"]["torch"]}
-on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}), in {hours:.1f} hours so far.
+on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}). The runs' hours add up to {hours:.1f} so far; mostly
+{about["processes"]} ran at a time.
 
 **There so far: {"; ".join(counts)}.** An interrupted study goes on with the same command.
 
@@ -248,7 +268,9 @@ Learnt: the loss on {size.golds["gsm8k"]} (GSM8K) or {size.golds["mbpp"]} (MBPP)
 Retained: the loss on {size.passages} Wikipedia passages. Before training: {before}.
 keep_ratio is {KEEP_RATIO} but where it is varied. What is compared, and what counts as a difference (at least
 {MARGIN} nats), was fixed before the seeds were run: [scripts/study/smollm2.py](../../scripts/study/smollm2.py).
-± is the 95 % interval over seeds (Student's t): of the data's sample and order, not of base models or recipes.
+± is the 95 % interval over seeds (Student's t; p-values are corrected, it is not): of the data's sample and order, not
+of base models or recipes. Rates, SFT's frontier and the sweep of keep_ratio come from one other seed, scored on the
+same texts: their own noise is in no interval.
 """
 
 
@@ -257,9 +279,12 @@ def claims_table(size: Size, lines: Lines, base: dict) -> str:
     return (
         "## What became of the claims\n\n"
         + table(["claim", *TASKS.values()], rows)
-        + "\nDifferences of losses at each rule's chosen rate (negative: the first rule is better). \"At the same new "
-        "skill\" compares what is retained with SFT's frontier at the loss on the new task that a run has reached: a "
-        "rule that learns less and forgets less may just have taken smaller steps.\n"
+        + "\nDifferences of losses at each rule's chosen rate, but for keep_ratio's (negative: the first rule is "
+        f'better). No difference: the interval lies within {MARGIN} nats of 0. "At the same new skill" compares what '
+        "is retained with SFT's frontier at the loss on the new task that a run has reached: a rule that learns less "
+        "and forgets less may just have taken smaller steps. A rule that learns more than SFT at its best is held "
+        "against that. keep_ratio matters where gmt's loss on the new task differs by more than 5 % of what SFT "
+        "gains.\n"
     )
 
 
@@ -267,15 +292,28 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def rates_table(lines: Lines, base: dict) -> str:
+def rate_words(size: Size, lines: Lines, task: str, rule: str, rate: float) -> str:
+    """A learning rate, and whether it is the one that the seeds have."""
+    if rate != choose_rate(lines, task, rule):
+        return f"{rate:g}"
+    left = [
+        run for run in missing(one_seed_runs(size), lines) if (run.part, run.task, run.rule) == ("rates", task, rule)
+    ]
+    edge = rate in (rate_of(rule, min(size.rates)), rate_of(rule, max(size.rates)))
+    return f"{rate:g} (chosen{' so far' * bool(left)}{', the edge' * edge})"
+
+
+def rates_table(size: Size, lines: Lines, base: dict) -> str:
     head = ["task", "rule", "rate", "new", "Wikipedia", "rise", "above SFT's frontier", "other task"]
     head += ["weights moved, %", "distance", "in the largest 20 %, %"]
     rows = []
     for task in TASKS:
         for rule in RULES:
-            chosen = choose_rate(lines, task, rule)
-            for x in of(lines, part="rates", task=task, rule=rule):
-                rate = f"{x['learning_rate']:g}" + " (chosen so far)" * (x["learning_rate"] == chosen)
+            for x in of(lines, task=task, rule=rule):
+                if x["part"] not in ("rates", "frontier"):
+                    continue
+                rate = rate_words(size, lines, task, rule, x["learning_rate"])
+                rate = f"{x['learning_rate']:g} (for the frontier)" if x["part"] == "frontier" else rate
                 cells = [number(x["new"]), number(x["retained"]), number(x["retained"] - base["wikipedia"], "+.4f")]
                 cells += [number(x["excess"], "+.4f"), number(x["other"]), f"{100 * x['moved']:.1f}"]
                 cells += [f"{x['distance']:.2f}", f"{100 * x['largest_share']:.0f}"]
@@ -284,12 +322,13 @@ def rates_table(lines: Lines, base: dict) -> str:
         return f"{NOT_YET}\n"
     return table(head, rows) + (
         "\nOne seed. Rise: against the model before training. Above SFT's frontier: retained, minus what SFT retains "
-        "at the same loss on the new task; -: it does not reach it. Distance: L2 norm of tuned minus base; "
+        f"at the same loss on the new task; -: more than {REACH} nats outside of what SFT's rates up to its best one "
+        "reach. Distance: L2 norm of tuned minus base; "
         "the last column: the share of its square in the largest 20 % of each matrix's entries.\n"
     )
 
 
-def seeds_table(lines: Lines) -> str:
+def seeds_table(size: Size, lines: Lines) -> str:
     rows = []
     for task in TASKS:
         for rule in RULES:
@@ -300,16 +339,18 @@ def seeds_table(lines: Lines) -> str:
             for metric in (*METRICS, "other"):
                 values = [x[metric] for x in found if x[metric] is not None]
                 mean, half = interval(values) if values else (None, None)
-                cells.append(number(mean) + (f" ± {half:.4f}" if len(values) > 1 else ""))
-            rows.append([TASKS[task], NAMES[rule], f"{found[0]['learning_rate']:g}", str(len(found)), *cells])
+                few = f" (of {len(values)})" if 0 < len(values) < len(found) else ""
+                cells.append(number(mean) + (f" ± {half:.4f}" if len(values) > 1 else "") + few)
+            rate = rate_words(size, lines, task, rule, found[0]["learning_rate"])
+            rows.append([TASKS[task], NAMES[rule], rate, str(len(found)), *cells])
     return table(["task", "rule", "rate", "seeds", *METRICS.values(), "other task"], rows) if rows else f"{NOT_YET}\n"
 
 
-def comparison_table(lines: Lines) -> str:
+def comparison_table(size: Size, lines: Lines) -> str:
     rows = []
-    for task in TASKS:
+    for task in size.rules:
         cells: dict[tuple[str, str], dict[str, str]] = {}
-        for c in comparisons(lines, task):
+        for c in comparisons(size, lines, task):
             text = f"{c['mean']:+.4f} ± {c['half']:.4f} ({c['corrected']:.2g})"
             cells.setdefault(c["pair"], {})[c["metric"]] = text
         for (first, other), found in cells.items():
@@ -403,7 +444,7 @@ def frontier_figure(lines: Lines, base: dict, path: Path) -> str:
     fig, axes = plt.subplots(1, len(tasks), figsize=(6.2 * len(tasks), 4.8), squeeze=False)
     for ax, task in zip(axes[0], tasks, strict=True):
         for rule in RULES:
-            found = of(lines, part="rates", task=task, rule=rule)
+            found = [x for x in of(lines, task=task, rule=rule) if x["part"] in ("rates", "frontier")]
             if not found:
                 continue
             colour, marker, dashes = STYLE[rule]
