@@ -540,11 +540,16 @@ def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path
         and "wait for the rates of the rules that the pap" in some
     )
     papers = [x for x in real_lines if x["part"] == "clip" or (x["part"] != "seeds" and x["rule"] in smollm2.PAPER)]
-    assert "clip 2 of 2 runs; frontier 4 of 4 runs; seeds 0 of 25 runs" in smollm2_report.header(SIZE, papers, about, {})
+    assert "clip 2 of 2 runs; frontier 4 of 4 runs; seeds 0 of 25 runs" in smollm2_report.header(
+        SIZE, papers, about, {}
+    )
     (tmp_path / "bases.json").write_text(json.dumps({"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}))
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines))
     text = smollm2_report.write_report(tmp_path)
-    assert "clip 2 of 2 runs; frontier 4 of 4 runs; seeds 65 of 65 runs" in text and "GSM8K 1.3000, MBPP 1.4000, Wikipedia 2.8000" in text
+    assert (
+        "clip 2 of 2 runs; frontier 4 of 4 runs; seeds 65 of 65 runs" in text
+        and "GSM8K 1.3000, MBPP 1.4000, Wikipedia 2.8000" in text
+    )
     for name in ("frontier", "keep_ratio", "mask_steps", "mask_places"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 

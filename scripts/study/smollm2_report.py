@@ -321,7 +321,8 @@ def rates_table(size: Size, lines: Lines, base: dict) -> str:
     if not rows:
         return f"{NOT_YET}\n"
     return table(head, rows) + (
-        "\nOne seed. Rise: against the model before training. Above SFT's frontier: retained, minus what SFT retains "
+        "\nOne seed. A rule's seeds have the best of the four rates that all rules get. Rise: against the model before "
+        "training. Above SFT's frontier: retained, minus what SFT retains "
         f"at the same loss on the new task; -: more than {REACH} nats outside of what SFT's rates up to its best one "
         "reach. Distance: L2 norm of tuned minus base; "
         "the last column: the share of its square in the largest 20 % of each matrix's entries.\n"
