@@ -14,6 +14,8 @@ import torch
 from conftest import ROOT, read_metrics, torchrun
 from safetensors.torch import load_file
 
+from training import interrupts
+
 
 def start(args: list[str], program: tuple[str, ...] = ("train.py",)) -> subprocess.Popen:
     return subprocess.Popen(
@@ -91,6 +93,40 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, train
     done = torchrun(2, "train.py", *train_args(tmp_path / "run", *words, "--resume"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(read_metrics(tmp_path / "run")) == step + 2
+
+
+def test_ctrl_c_at_torchrun_saves_though_it_reaches_each_process_twice(tmp_path, train_args):
+    """The terminal signals all processes of a job, and torchrun hands the signal on."""
+    torchrun_and_two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    process = subprocess.Popen(
+        [*torchrun_and_two, *train_args(tmp_path / "run", *LONG)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_step(tmp_path / "run", 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    step = len(read_metrics(tmp_path / "run"))
+    assert f"train.py: SIGINT: saved step {step} of 400" in err, err[-2000:]
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
+
+
+def test_a_second_signal_ends_a_run_at_once_if_it_is_no_echo(monkeypatch):
+    clock = {"now": 100.0}
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: clock["now"])
+    with interrupts.Signals() as signals:
+        signals.listen()
+        signal.raise_signal(signal.SIGINT)
+        clock["now"] = 101.0
+        signal.raise_signal(signal.SIGINT)
+        assert signal.SIGINT in signals.seen
+        clock["now"] = 103.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from typing import NoReturn
 
 import torch
@@ -10,16 +11,17 @@ from accelerate import Accelerator
 from common.config import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # a scheduler's end, its early warning, Ctrl-C
+ECHO = 2.0  # seconds: torchrun hands Ctrl-C on to processes that the terminal has sent it to already
 
 
 class Signals:
     """From listen() on, records signals instead of dying of them; as a context, puts the old handlers back.
 
-    The second signal of a kind does what it always did, for the impatient.
+    The second signal of a kind, unless it is the first one's echo, does what it always did, for the impatient.
     """
 
     def __init__(self):
-        self.seen: set[int] = set()
+        self.seen: dict[int, float] = {}  # signal: the time of its first arrival
         self.before: dict = {}
 
     def __enter__(self) -> "Signals":
@@ -34,8 +36,10 @@ class Signals:
             self.before = {number: signal.signal(number, self._record) for number in SIGNALS}
 
     def _record(self, number: int, frame) -> None:
-        self.seen.add(number)
-        signal.signal(number, self.before[number])
+        first = self.seen.setdefault(number, time.monotonic())
+        if time.monotonic() - first > ECHO:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
 
     def agree(
         self, sums: torch.Tensor, time_to_save: bool, accelerator: Accelerator
