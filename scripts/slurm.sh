@@ -21,6 +21,16 @@ wait_for() { # wait for a process to its end: a trapped signal ends `wait` early
     done
 }
 
+run_has_begun() { # a job that ended while it loaded has written nothing yet: train.py would refuse --resume
+    local word before='' output_dir=''
+    for word in "$@"; do
+        case $word in --output_dir=*) output_dir=${word#*=} ;; esac
+        if [ "$before" = --output_dir ]; then output_dir=$word; fi
+        before=$word
+    done
+    [ -z "$output_dir" ] || [ -e "$output_dir/run.json" ] # if the YAML file names it: most likely
+}
+
 if [ "${1:-}" = --this-machine ]; then # what srun starts once on each machine
     shift
     # The launcher hands no signal on, and would die of this one: its children, the training processes, get it.
@@ -39,7 +49,7 @@ fi
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
 machines="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 export MAIN_ADDRESS="${machines%%$'\n'*}"
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then set -- "$@" --resume; fi
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && run_has_begun "$@"; then set -- "$@" --resume; fi
 
 stopped=
 trap 'stopped=1; kill -USR1 "$steps" 2>/dev/null || true' USR1 # srun hands it on to the machines

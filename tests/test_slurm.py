@@ -69,11 +69,18 @@ def test_a_signal_reaches_the_training_processes_and_the_job_is_queued_again(tmp
         assert args.machine_rank == machine and args.parallelism_config_dp_shard_size == 4
 
 
-def test_a_job_that_ends_is_not_queued_again_and_one_that_was_goes_on(tmp_path):
-    job = submit(tmp_path, "--max_steps", "3", SLURM_RESTART_COUNT="1", ENDS="1")
+@pytest.mark.parametrize("form", ["--output_dir {}", "--output_dir={}", ""])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_job_that_ends_is_not_queued_again_and_one_that_was_goes_on_if_it_had_begun(tmp_path, form, begun):
+    if begun:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").touch()
+    words = ["--max_steps", "3", *form.format(tmp_path / "run").split()]
+    job = submit(tmp_path, *words, SLURM_RESTART_COUNT="1", ENDS="1")
     _, err = job.communicate(timeout=30)
     assert job.returncode == 0, err
-    assert (tmp_path / "launched.0").read_text().endswith("train.py --max_steps 3 --resume\n")
+    resume = ["--resume"] if begun or not form else []  # without the word, the YAML file names the folder
+    assert (tmp_path / "launched.0").read_text().endswith(" ".join(["train.py", *words, *resume]) + "\n")
     assert not (tmp_path / "requeued").exists()
 
 
