@@ -559,6 +559,9 @@ def test_programs_end_with_one_line_and_exit_code_2(tmp_path, train_args):
     path.write_text(GOOD + "{broken\n")
     done = python("train.py", *train_args(tmp_path / "run", "--dataset", str(path)))
     one_line(done, "train.py", "line 2: malformed JSON")
+    fsdp2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    done = python("train.py", *train_args(tmp_path / "run"), **fsdp2)
+    one_line(done, "train.py", "Accelerate starts it only for several processes on GPUs")
     done = python("train.py", "--help")
     assert done.returncode == 0 and "| keep_ratio | float |" in done.stdout
 

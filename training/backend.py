@@ -133,6 +133,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     )
     if accelerator.distributed_type not in (DistributedType.NO, *DDP, DistributedType.FSDP):
         raise UserError(f"{accelerator.distributed_type.value} is not supported: use one process, DDP or FSDP2")
+    if is_sharded() and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError(
+            "FSDP2 is configured, but Accelerate starts it only for several processes on GPUs: "
+            "use configs/accelerate/single_gpu.yaml or cpu.yaml, or torchrun for DDP on CPUs"
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             f"Accelerate's configuration sets gradient_accumulation_steps {accelerator.gradient_accumulation_steps}: "
