@@ -380,6 +380,30 @@ def test_a_run_that_fails_costs_no_other_its_line(tmp_path, monkeypatch):
     assert sorted(x["learning_rate"] for x in driver.read_lines(tmp_path / "runs.jsonl")) == [1.0, 2.0, 3.0]
 
 
+def test_bases_are_made_only_for_runs_that_are_missing_and_must_be_those_of_the_lines(tmp_path, monkeypatch):
+    """A clone holds all lines of the miniature study, of bases that another processor has trained."""
+    tiny = study.Miniature(study.SCALES["tiny"])
+    made = []
+    monkeypatch.setattr(study, "make_base", lambda i, scale, folder: made.append(i))
+    monkeypatch.setattr(driver, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    monkeypatch.setattr(study.Miniature, "settings", lambda self, folder: {})
+    monkeypatch.setattr(study.Miniature, "make", lambda self, run, folder: [{**asdict(run), "new": 1.0}])
+    runs = [driver.Run("rates", "sort", "none", 1e-3, None, 0)]
+    monkeypatch.setattr(study.Miniature, "parts", lambda self: (lambda lines: runs,))
+    for i in range(tiny.scale.bases):
+        (tmp_path / f"base{i}").mkdir()
+        (tmp_path / f"base{i}" / "scores.json").write_text('{"new": 0.5}')
+    results = tmp_path / "results"
+    driver.run_study(tiny, tmp_path, results, 1, "")
+    assert made == list(range(tiny.scale.bases))
+    driver.run_study(tiny, tmp_path, results, 1, "")  # nothing is missing
+    assert made == list(range(tiny.scale.bases))
+    runs.append(driver.Run("rates", "sort", "none", 2e-3, None, 0))
+    (tmp_path / "base0" / "scores.json").write_text('{"new": 0.6}')
+    with pytest.raises(UserError, match=r"bases.json is of other base models than .*: set RESULTS to a new folder"):
+        driver.run_study(tiny, tmp_path, results, 1, "")
+
+
 def test_a_study_of_other_settings_is_refused_but_may_have_more_runs(tmp_path):
     class Nothing:
         threads, may_grow = 1, ("seeds",)

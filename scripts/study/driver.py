@@ -59,7 +59,7 @@ class Study(Protocol):
         """Write what all runs share into `folder`; returns what may not change within one study, as JSON holds it."""
 
     def bases(self, folder: Path, results: Path, pool: ProcessPoolExecutor) -> None:
-        """Make, and score, the models that are fine-tuned."""
+        """Make, and score, the models that are fine-tuned; called if a run is missing."""
 
     def parts(self) -> tuple[Callable[[Lines], list[Run]], ...]:
         """The runs of each part, in their order, from the lines of the parts before."""
@@ -88,10 +88,13 @@ def run_study(study: Study, folder: Path, results: Path, processes: int, command
     threads = study.threads or max(1, torch.get_num_threads() // processes)
     workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker, (threads,))
     with workers as pool:
-        study.bases(folder, results, pool)
         take_away_a_cut_line(results / RUNS)
+        bases_are_there = False
         for part in study.parts():
             todo = missing(part(lines := read_lines(results / RUNS)), lines)
+            if todo and not bases_are_there:
+                study.bases(folder, results, pool)
+                bases_are_there = True
             futures = [pool.submit(study.make, run, folder) for run in todo]
             failed = None
             for done in tqdm(as_completed(futures), part.__name__, len(futures), unit="run"):

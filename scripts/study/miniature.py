@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import train
 from common import run_folder
+from common.config import UserError
 from scripts import merge
 from scripts.quickstart.data import OLD_SKILLS, save_random_model, write
 from scripts.study import data as study_data
@@ -228,7 +229,10 @@ class Miniature:
         for done in tqdm(as_completed(bases), "bases", len(bases), unit="model"):
             done.result()
         scores = [run_folder.read_json(folder / f"base{i}" / "scores.json") for i in range(self.scale.bases)]
-        run_folder.write_json(results / "bases.json", scores)
+        about = results / "bases.json"
+        if about.exists() and json.loads(about.read_text()) != scores:  # another processor, another rounding
+            raise UserError(f"{about} is of other base models than {folder}/base*: set RESULTS to a new folder")
+        run_folder.write_json(about, scores)
 
     def parts(self) -> tuple[Callable[[Lines], list[Run]], ...]:
         def rates(lines: Lines) -> list[Run]:
