@@ -413,7 +413,9 @@ class EvalConfig:
         False, "score the subsets that published numbers were measured on, where there are any"
     )
     languages: list[str] = key([], "languages of TyDiQA, in English: 'english finnish'; none named: all nine")
-    prompt_format: str = key("", "how prompts are written: base, tulu, chat, ...; empty: each task's own; README")
+    prompt_format: str = key(
+        "", "how prompts are written: base, tulu, chat, ...; empty: each task's own; docs/evaluation.md"
+    )
     seed: int = key(0, "of sampled completions (greedy ones have no use for it)")
     batch_size: int = key(
         64, "prompts generated at a time; processes share, and a resumed run keeps, blocks of 4 batches"

@@ -16,7 +16,7 @@
 #   DPO_ARGS                more words for DPO's trainings (reproduce_general.sh)
 #   REDUCED=1               the whole of it on a CPU in minutes, offline: small random models of the same architectures, a
 #                           few rows and items, two steps; its scores mean nothing
-# Arguments go to train.py: bash scripts/reproduce_math.sh --learning_rate 1e-5
+# Arguments go to train.py, but for DPO's trainings: bash scripts/reproduce_math.sh --learning_rate 1e-5
 # The script itself sets: RESULTS (OUT's default is outputs/RESULTS), FAMILY (of configs/), PROMPTS (prompt_format of
 # fine-tuned models, or empty), WITH_DPO (or empty).
 
