@@ -29,7 +29,7 @@ from common import integrity, model_card, run_folder
 from common.config import EvalConfig, UserError, parse, run_main
 from common.hub import from_pretrained, is_local
 from common.launch import check_launch
-from common.precision import warn_if_slow
+from common.precision import avoid_cudnn_attention, warn_if_slow
 from evaluation import generation, scores, settings
 from evaluation.generation import Decoding, Scored
 from evaluation.requests import Request, encode, make_requests, merge_responses, render_prompts
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(config.output_dir)
     refuse_what_cannot_work(config, folder, runs, options)
     transformers_logging.set_verbosity_error()
+    avoid_cudnn_attention()
     # Processes that are done wait for the slowest at the end of a task.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])

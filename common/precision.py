@@ -1,4 +1,4 @@
-"""Processors that have no instructions for a 16-bit dtype: torch computes with it all the same, many times slower."""
+"""What processors compute slowly, or wrongly, without a word: 16-bit dtypes, and cuDNN's attention."""
 
 import torch
 
@@ -35,3 +35,13 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type == "cuda" and dtype == torch.bfloat16:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True
+
+
+def avoid_cudnn_attention() -> None:
+    """Have scaled_dot_product_attention choose among its other kernels, in this process.
+
+    From torch 2.11 on it prefers cuDNN's on an H100 or H200. With a mask, that one's backward pass can give NaN
+    gradients (pytorch issue 196678, trl issue 7181); and it builds a plan for every new shape, which generation meets
+    at every token (pytorch pull request 190388).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -228,6 +228,15 @@ def test_activations_are_what_autograd_saves(model_dir, checkpointing, chunk, mo
     assert abs(planned / real - 1) < 0.03, (planned, real)
 
 
+def test_layers_are_checkpointed_by_older_versions_of_transformers_too():
+    class Older:
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+            self.words = gradient_checkpointing_kwargs
+
+    plan.checkpoint_layers(older := Older())
+    assert older.words == {"use_reentrant": False}
+
+
 def test_checkpointing_and_chunks_save_memory(model_dir):
     """And a packed row's mask costs some."""
     big = AutoConfig.from_pretrained(model_dir, num_hidden_layers=8, vocab_size=5000)

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from conftest import write_rows
 
 import eval as evaluation
 import train
@@ -81,3 +82,15 @@ def test_scoring_says_it_once(dtype, lines, without_16_bits, tmp_path, model_dir
         capsys.readouterr().out.count("no instructions for bf16, which makes it many times slower: use --dtype")
         == lines
     )
+
+
+def test_attention_is_not_cudnns_in_training_and_scoring(train_args, model_dir, tmp_path):
+    """Its backward pass may give NaN on an H100, and generation would build a plan for each new length."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    train.main(train_args(tmp_path / "run", "--max_steps", "1"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    rows = write_rows(tmp_path / "items.jsonl", [{"question": "q", "answer": "#### 1"}])
+    words = [f"--model={model_dir}", f"--tasks=gsm8k={rows}", f"--output_dir={tmp_path / 'eval'}"]
+    evaluation.main(words)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

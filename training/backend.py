@@ -16,6 +16,7 @@ from datasets.utils.logging import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 
 from common.config import ZEROTH_ORDER, TrainConfig, UserError
+from common.precision import avoid_cudnn_attention
 from training import zeroth_order
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -111,6 +112,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers reads it at each call
     torch.use_deterministic_algorithms(config.deterministic)
+    avoid_cudnn_attention()
     transformers_logging.set_verbosity_error()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),

@@ -155,7 +155,7 @@ def load_trainable_model(
         values=accelerator is None or backend.reads_weights(accelerator, on_meta),
     )
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        plan.checkpoint_layers(model)
     if config.compile:
         layers = plan.layers(model)
         if config.rule == "hft":  # a graph for each pattern of frozen weights; beyond its limit torch does not compile

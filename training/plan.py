@@ -49,6 +49,13 @@ def layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep the layers' inputs alone for the backward pass, and compute the rest anew."""
+    # older versions of transformers (5.18) know it by its older name alone
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def wants_packing(config: TrainConfig) -> bool:
     """Whether rows are packed if the model allows it."""
     by_kernel = config.attention == "flash_attention_2" and not config.per_device_batch_size
@@ -259,7 +266,7 @@ def activation_bytes(
         weights.update(p.untyped_storage()._cdata for p in model.parameters())
         attach_loss(model, config.loss_chunk)
         if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
             for layer in layers(model):
                 layer._gradient_checkpointing_func = checkpointed
         batch = {"input_ids": torch.zeros((rows, length), dtype=torch.long)}

@@ -21,7 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import gmt
 from common.config import TrainConfig
+from common.precision import avoid_cudnn_attention
 from scripts.bench import measure as bench
+from training import plan
 from training.backend import build_optimizer
 
 # hidden size, layers, heads, key-value heads, feed-forward size, vocabulary, tied embeddings
@@ -76,13 +78,14 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 def build(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A random model on the device, in the dtype of its masters, and its optimizer."""
+    avoid_cudnn_attention()
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, args.master_dtype))
     with bench.device():
         model = LlamaForCausalLM(architecture(args.shape))
     torch.set_default_dtype(torch.float32)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        plan.checkpoint_layers(model)
     return model.train(), build_optimizer(train_config(args), model)
 
 
