@@ -837,12 +837,12 @@ def _thresholds(s: _Selection) -> Iterator[tuple[_Matrix, Tensor]]:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module gmt_triton; None where it is not beside this file, or Triton or a GPU is missing."""
+    """The module gmt_triton; None where it is not beside this file, or Triton (3.4 or newer) or a GPU is missing."""
     if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     try:
         import gmt_triton
-    except ImportError:
+    except (ImportError, AttributeError):  # AttributeError: of a Triton that is too old
         return None
     return gmt_triton
 

@@ -46,6 +46,7 @@ _SAMPLE = 8192  # entries drawn of each unit
 _DEVIATIONS = 4.0  # standard deviations of the sample's rank on both sides of the bracket
 _BLOCK = 4096  # entries that a program reads at once
 _MOST_PROGRAMS = 1024  # per matrix: enough to fill a GPU with one
+_MOST_UNITS = 1024  # at once: their histograms take 256 MiB
 _INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on a CPU, slowly
 
 Units = list[list[Tensor]]
@@ -58,18 +59,19 @@ def is_usable(gradients: Iterable[Tensor]) -> bool:
     if len(devices) != 1 or not all(g.dtype in _KEY_BITS for g in gradients):
         return False
     device = devices.pop()
-    return (device.type == "cuda" or (_INTERPRETED and device.type == "cpu")) and _runs_on(device)
+    serves = device.type == "cuda" or (_INTERPRETED and device.type == "cpu")
+    return serves and all(_runs_on(device, dtype) for dtype in sorted({g.dtype for g in gradients}, key=str))
 
 
 @functools.cache
-def _runs_on(device: torch.device) -> bool:
-    """Try a kernel: Triton also needs a C compiler, and a GPU that it knows. Warns where it does not run."""
+def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Try the kernels: Triton also needs a C compiler, and a GPU that it knows. Warns where they do not run."""
     try:
-        tensor = torch.ones(1, device=device)
-        mask_([[tensor]], torch.ones(1, dtype=torch.int64, device=device))
+        units = [[torch.ones(1, dtype=dtype, device=device)] for _ in range(2)]  # of one, other kernels are compiled
+        mask_(units, kth_largest_keys(units, [1, 1], [1, 1]))
         return True
     except Exception as e:  # whatever it is, torch's own operations do the same
-        warnings.warn(f"Triton does not run on {device}, masks are made without it: {e}", stacklevel=2)
+        warnings.warn(f"Triton does not run on {device} for {dtype}, masks are made without it: {e}", stacklevel=2)
         return False
 
 
@@ -84,14 +86,15 @@ def kth_largest_keys(
         ks: 1 <= k <= numbers.
         numbers: entries of each unit, over all processes.
         all_reduce: sums an int64 tensor over the processes that hold the other parts, in place; None: there are none.
-            It is called as often on every process: once for the brackets and once a pass.
+            It is called as often on every process: for the brackets and in each pass.
     Returns:
         (len(units),) int64, on the gradients' device. 1, the least magnitude, where k entries are not nonzero.
     """
     keys = torch.empty(len(units), dtype=torch.int64, device=units[0][0].device)
     for dtype in _KEY_BITS:
-        some = [i for i, unit in enumerate(units) if unit[0].dtype == dtype]
-        if some:
+        of_dtype = [i for i, unit in enumerate(units) if unit[0].dtype == dtype]
+        for first in range(0, len(of_dtype), _MOST_UNITS):
+            some = of_dtype[first : first + _MOST_UNITS]
             found = _select([units[i] for i in some], [ks[i] for i in some], [numbers[i] for i in some], all_reduce)
             keys[_on(keys.device, some)] = found
     return keys

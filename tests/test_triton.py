@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, python
 
+import gmt
+
 pytest.importorskip("triton")
 
 COMPILE = """
@@ -53,10 +55,19 @@ def test_without_a_gpu_it_does_not_serve():
     assert done.stdout.split() == ["False"]
 
 
+def test_with_a_triton_that_is_too_old_gmt_does_without(tmp_path, monkeypatch):
+    (tmp_path / "gmt_triton.py").write_text("import triton\ntriton.what_older_ones_lack\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gmt_triton", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    gmt._kernels.cache_clear()
+    assert gmt._kernels() is None
+    gmt._kernels.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_on_a_gpu_equal_to_a_cpu(dtype):
-    import gmt
     import gmt_triton
 
     g = torch.randn(3000, 4001, generator=torch.Generator().manual_seed(0)).to(dtype)

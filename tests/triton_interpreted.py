@@ -48,6 +48,12 @@ def test_sizes_and_numbers_kept(n, dtype):
         check([[normal(n, dtype=dtype)]], [k])
 
 
+def test_many_units_are_done_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(gmt_triton, "_MOST_UNITS", 2)
+    kinds = [DTYPES[i] for i in (0, 2, 0, 0, 2, 0, 0)]
+    check([[normal(50 + i, dtype=dtype, seed=i)] for i, dtype in enumerate(kinds)], [5 + i for i in range(7)])
+
+
 @by_dtype
 @pytest.mark.parametrize("keep_ratio", [0.001, 0.2, 0.9])
 def test_ties_zeros_and_wide_ranges(keep_ratio, dtype):
@@ -182,7 +188,7 @@ def test_gmt_frozen_masks_the_same(dtype, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"rule": "rmt"}, {"refresh_every": 2}, {"score": "weight"}], ids=str)
 def test_gmt_uses_it_for_the_gradients_of_this_step_alone(settings, monkeypatch):
-    monkeypatch.setattr(gmt_triton, "_runs_on", lambda device: True)
+    monkeypatch.setattr(gmt_triton, "_runs_on", lambda *_: True)
     monkeypatch.setattr(gmt_triton, "mask_", lambda *_: pytest.fail("masked at once"))
     masked = []
     for _ in range(2):
@@ -201,7 +207,7 @@ def test_a_kernel_that_does_not_run_is_not_used(monkeypatch):
     monkeypatch.setattr(gmt_triton, "mask_", broken)
     gmt_triton._runs_on.cache_clear()
     m = masker(torch.float32)
-    with pytest.warns(UserWarning, match="Triton does not run on cpu, .*: Failed to find C compiler"):
+    with pytest.warns(UserWarning, match="Triton does not run on cpu for torch.float32, .*: Failed to find C compiler"):
         m.mask_gradients(0)
     gmt_triton._runs_on.cache_clear()
     assert 0.2 <= gradients(m)[0].count_nonzero() / 2000 < 0.21
