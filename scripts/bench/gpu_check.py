@@ -100,6 +100,8 @@ def mask(report: Report, tiny: bool) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             what = f"{shape} {str(dtype)[6:]}"
             needed = sum(s.numel() for s in shapes.values()) * dtype.itemsize
+            gradients = None  # of the round before
+            torch.cuda.empty_cache()
             room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else needed * 2
             if needed * 1.15 > room:
                 report.left_out(what, f"{needed / 2**30:.0f} GiB of gradients do not fit")
@@ -284,7 +286,7 @@ def resume(report: Report, tiny: bool) -> None:
 
 
 def generate(report: Report, tiny: bool) -> None:
-    """Generated tokens per second."""
+    """Generated tokens per second; scores of padded prompts."""
     from evaluation import generation
     from scripts.bench import step as bench_step
     from scripts.bench.eval import byte_tokenizer
@@ -301,31 +303,51 @@ def generate(report: Report, tiny: bool) -> None:
         arguments = (model, prompts, generation.Decoding(new), [""] * batch_size, batch_size)
         seconds = median_seconds(lambda a=arguments: generation.generate(*a), 1 if tiny else 2)
         report.value(f"{batch_size} rows: generated tokens per second", batch_size * new / seconds, "")
+    rows = [generation.Scored(prompts[0][:n], n, tuple(range(256))) for n in (1, length // 3, length)]
+    together = torch.tensor(generation.logprobs(model, rows))
+    alone = torch.tensor([generation.logprobs(model, [row])[0] for row in rows])
+    report.check(
+        "prompts padded in a batch: scores as alone, within bf16's rounding",
+        (together - alone).abs().max().item() < 0.2,
+    )
 
 
 def equal(report: Report, tiny: bool) -> None:
-    """A GPU's mask of a bf16 gradient is the CPU's."""
-    shape = (64, 96) if tiny else (4096, 11008)
-    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    masked = {}
-    for device in {torch.device("cpu"), bench.device()}:
-        p = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16, device=device))
-        p.grad = gradient.to(device, copy=True)
+    """A GPU's masks are the CPU's."""
+    units, there = _gradients(tiny, torch.device("cpu")), _gradients(tiny, bench.device())
+    numbers = [sum(g.numel() for g in unit) for unit in units]
+    ks = [gmt.keep_count(n, KEEP_RATIO) for n in numbers]
+    expected = []
+    for unit, k in zip(units, ks, strict=True):
+        kept = gmt.topk_mask(torch.cat(unit), k).split([g.numel() for g in unit])
+        expected += [torch.where(m, g, 0) for m, g in zip(kept, unit, strict=True)]
+    report.check("kept entries are as many as ties allow", _about_kept(expected[0]))
+    if torch.cuda.is_available():
+        p = nn.Parameter(torch.empty_like(there[0][0]))
+        p.grad = there[0][0].clone()
         with patch.object(gmt, "_kernels", lambda: None):
-            gmt.Masker([("w", p)], "gmt", KEEP_RATIO).mask_gradients(0)
-        masked[device.type] = p.grad.cpu()
-    report.check("kept entries are as many as bf16's ties allow", _about_kept(masked["cpu"]))
-    if "cuda" in masked:
-        report.check("plain: equal to the CPU's", torch.equal(masked["cuda"], masked["cpu"]))
+            gmt.Masker([("w", p)], "gmt", KEEP_RATIO, mask_vectors=True).mask_gradients(0)
+        report.check("plain: equal to the CPU's", torch.equal(p.grad.cpu(), expected[0]))
     else:
         report.left_out("plain: equal to the CPU's", "it needs a GPU")
-    g, n = gradient.to(bench.device(), copy=True), gradient.numel()
-    kernels, why_not = _kernels([g])
+    given = [g for unit in there for g in unit]
+    kernels, why_not = _kernels(given)
     if not kernels:
         report.left_out("Triton: equal to the CPU's", why_not)
         return
-    kernels.mask_([[g]], kernels.kth_largest_keys([[g]], [gmt.keep_count(n, KEEP_RATIO)], [n]))
-    report.check("Triton: equal to the CPU's", torch.equal(g.cpu(), masked["cpu"]))
+    kernels.mask_(there, kernels.kth_largest_keys(there, ks, numbers))
+    same = all(torch.equal(g.cpu(), wanted) for g, wanted in zip(given, expected, strict=True))
+    report.check("Triton: equal to the CPU's", same)
+
+
+def _gradients(tiny: bool, device: torch.device) -> list[list[torch.Tensor]]:
+    """The same on each device, of each dtype: large; small, not aligned; two under one threshold, with an empty one."""
+    generator, units = torch.Generator().manual_seed(0), []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        sizes = (6000, 301, 100, 77) if tiny else (45_088_768, 3001, 50_000, 70_001)
+        large, small, *two = (torch.randn(n, generator=generator).to(device, dtype) for n in sizes)
+        units += [[large], [small[1:]], [*two, small[:0]]]
+    return units
 
 
 def _about_kept(masked: torch.Tensor) -> bool:
@@ -335,6 +357,7 @@ def _about_kept(masked: torch.Tensor) -> bool:
 
 PARTS: dict[str, tuple[Callable[[Report, bool], None], int]] = {  # in order of worth, with their limits in seconds
     "card": (card, 30),
+    "equal": (equal, 30),
     "mask": (mask, 100),
     "step_1b": (step_1b, 60),
     "step_8b": (step_8b, 100),
@@ -345,7 +368,6 @@ PARTS: dict[str, tuple[Callable[[Report, bool], None], int]] = {  # in order of 
     "ddp": (ddp, 45),
     "resume": (resume, 60),
     "generate": (generate, 45),
-    "equal": (equal, 30),
 }
 
 
