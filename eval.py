@@ -109,7 +109,8 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
     texts = {run.name: render_prompts(run, tokenizer) for run in runs}
     prompts = {
-        run.name: [ids[: run.task.max_prompt_tokens] for ids in encode(tokenizer, texts[run.name])] for run in runs
+        run.name: [ids[: run.task.max_prompt_tokens] for ids in encode(tokenizer, texts[run.name], run.special_tokens)]
+        for run in runs
     }
     described = {run.name: settings.describe(config, run, prompts[run.name], tokenizer) for run in runs}
     done = settings.record(folder, described, config.overwrite, accelerator)

@@ -26,14 +26,18 @@ class Request:
 
 
 def render_prompts(run: TaskRun, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each item's prompt, without BOS."""
+    """The text of each item's prompt."""
     return [render(run.format.prompt(item, tokenizer), run.format_name, tokenizer) for item in run.items]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids: one BOS if the tokenizer adds one, even where the text brings another, and no EOS."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool) -> list[list[int]]:
+    """Token ids: one BOS if the tokenizer adds one, even where the text brings another, and no EOS.
+
+    Args:
+        special_tokens: whether the tokenizer adds its own; see TaskRun.
+    """
     bos = tokenizer.bos_token_id
-    encoded = encode_prompts(tokenizer, texts)
+    encoded = encode_prompts(tokenizer, texts, special_tokens)
     return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
 
 
@@ -58,7 +62,8 @@ def make_requests(
             requests.append(Request(i, 0, prompt, len(prompt), tuple(tokens)))
         else:
             space = "" if text[-1:] in (" ", "\n") else " "
-            for part, ids in enumerate(encode(tokenizer, [text + space + c for c in task.candidates(item)])):
+            texts_of_parts = [text + space + c for c in task.candidates(item)]
+            for part, ids in enumerate(encode(tokenizer, texts_of_parts, run.special_tokens)):
                 requests.append(Request(i, part, ids, min(len(prompt), len(ids) - 1)))
     return sorted(requests, key=lambda request: (-len(request.ids), request.item, request.part))
 

@@ -33,6 +33,11 @@ class TaskRun:
     def format(self) -> Format:
         return self.task.formats[self.format_name]
 
+    @property
+    def special_tokens(self) -> bool:
+        """Whether the tokenizer adds its BOS to the prompts; a chat template has written its own, as in training."""
+        return self.format_name != "chat"
+
     def turn_ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens that end an answer beside the model's own: what the chat template puts behind a turn."""
         return turn_end_ids(tokenizer) if self.format_name == "chat" else []

@@ -94,7 +94,7 @@ def tulu(chat: Chat) -> str:
 def render(prompt: "str | Chat", format: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that the model goes on with, without the BOS that the tokenizer adds.
 
-    A Chat is wrapped as the format says: `tulu`, or `chat`, the tokenizer's own template.
+    A Chat is wrapped as the format says: `tulu`, or `chat`, the tokenizer's own template, which writes its own BOS.
 
     Raises:
         UserError: the tokenizer has no chat template, or one that does not parse or refuses the conversation.
@@ -114,7 +114,7 @@ def render(prompt: "str | Chat", format: str, tokenizer: PreTrainedTokenizerBase
         text, found, _ = apply_chat_template(tokenizer, messages, to_be_answered=False).partition(marker)
         if not found:
             raise UserError(f"prompt_format {format}: the tokenizer's chat template leaves out what an answer says")
-    return text.removeprefix(tokenizer.bos_token or "")
+    return text
 
 
 def each(score: Callable[[dict, str], dict]) -> Judge:

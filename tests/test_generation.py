@@ -30,9 +30,10 @@ from common.config import EvalConfig, UserError
 from evaluation import generation
 from evaluation.cache import RoomyCache, places
 from evaluation.generation import Decoding, Scored
-from evaluation.requests import encode, make_requests
+from evaluation.requests import encode, make_requests, render_prompts
 from evaluation.task_run import TaskRun
 from tasks import TASKS
+from tasks.source import Source
 from tasks.task import Chat, Format, each, render
 
 WORDS = (ROOT / "README.md").read_text()[:20_000]
@@ -268,13 +269,26 @@ def test_learned_positions_count_from_each_rows_first_token():
 
 
 def test_exactly_one_bos(folder):
-    """The tokenizer adds one; a chat template that writes one, too, does not double it."""
+    """The tokenizer adds one; a text that brings one, too, does not double it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    text = render(Chat("hello"), "chat", tokenizer)
-    for given in (text, "hello", "<bos>hello"):
-        (ids,) = encode(tokenizer, [given])
+    for given in ("hello", "<bos>hello"):
+        (ids,) = encode(tokenizer, [given], True)
         assert ids[0] == 0 and ids.count(0) == 1 and tokenizer.decode(ids, skip_special_tokens=True) == "hello"
+
+
+@pytest.mark.parametrize("tokenizer_adds", [True, False])
+@pytest.mark.parametrize("template_writes", [True, False])
+def test_a_chat_prompt_has_the_bos_that_its_template_writes(folder, model_dir, template_writes, tokenizer_adds):
+    """As template chat trains it: SmolLM2's template begins with its BOS, which its tokenizer does not add."""
+    tokenizer = AutoTokenizer.from_pretrained(folder if tokenizer_adds else model_dir)
+    tokenizer.bos_token = "<bos>"
+    tokenizer.chat_template = "{{ bos_token }}" * template_writes + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    task = dataclasses.replace(TASKS["gsm8k_8shot"], formats={"chat": Format(lambda item, _: Chat("hello"))})
+    run = TaskRun(task, "chat", Source(), [{}])
+    (ids,) = encode(tokenizer, render_prompts(run, tokenizer), run.special_tokens)
+    messages = [{"role": "user", "content": "hello"}]
+    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids.count(tokenizer.bos_token_id) == template_writes
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
@@ -339,7 +353,7 @@ def test_a_candidate_that_the_tokenizer_merges_with_the_prompt_keeps_a_token(fol
     task = dataclasses.replace(TASKS["truthfulqa"], candidates=lambda item: ["It is.", ""])
     run = TaskRun(task, "base", None, [{}])
     text = "Is it?\nA: "  # ends in a space: none is put between, and an empty candidate adds nothing
-    (prompt,) = encode(tokenizer, [text])
+    (prompt,) = encode(tokenizer, [text], True)
     requests = make_requests(run, [text], [prompt], tokenizer)
     candidate, empty = sorted(requests, key=lambda request: request.part)
     assert candidate.start == min(len(prompt), len(candidate.ids) - 1)
