@@ -18,6 +18,8 @@ from transformers.utils import cached_file
 from common import integrity
 from common.config import UserError
 
+CARD = "README.md"  # of a model
+
 # Modules that wrap a model or one of its layers, and so enter the names of its weights: torch.compile,
 # DistributedDataParallel, FSDP1, activation checkpointing, Lightning and DeepSpeed, PEFT.
 WRAPPERS = (
@@ -187,6 +189,19 @@ def has_weights(source: str) -> bool:
     if is_local(source):
         return any(os.path.isfile(os.path.join(source, name)) for name in names)
     return any(isinstance(try_to_load_from_cache(source, name), str) for name in names)
+
+
+def identity(source: str) -> list[tuple]:
+    """What tells a model from another of the same name: (name, bytes, time) of a folder's files, or the Hub's revision.
+
+    The model card is left out, which is given the scores.
+    """
+    if is_local(source):
+        there = Path(source).iterdir() if os.path.isdir(source) else ()
+        files = sorted(p for p in there if p.is_file() and p.name != CARD)
+        return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    path = try_to_load_from_cache(source, "config.json")
+    return [("revision", Path(path).parent.name)] if isinstance(path, str) else []
 
 
 def _first_few(names: Collection[str], most: int = 3) -> str:

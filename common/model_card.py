@@ -10,10 +10,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common import run_folder
 from common.config import TrainConfig
-from common.hub import is_local
+from common.hub import CARD, is_local
 from common.sources import split_cap
 
-CARD, _TUNED, _MERGED = "README.md", "# Fine-tuned with rule", "# Merged by"
+_TUNED, _MERGED = "# Fine-tuned with rule", "# Merged by"
+
 _TABLE_HEAD = "\nScores (eval.py):\n\n| task | protocol | metric | n | score, % |\n| --- | --- | --- | --- | --- |\n"
 _TABLE = re.compile(re.escape(_TABLE_HEAD) + r"(?:\|.*\n)*")
 

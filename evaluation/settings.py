@@ -9,9 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from common import model_card, run_folder
+from common import run_folder
 from common.config import EvalConfig, UserError
-from common.hub import is_local
+from common.hub import identity
 from evaluation.task_run import TaskRun
 
 SETTINGS = "settings.json"
@@ -22,8 +22,6 @@ def describe(
 ) -> dict[str, Any]:
     """What the answers of a run depend on."""
     task = run.task
-    files = [p for p in sorted(Path(config.model).iterdir()) if p.is_file()] if is_local(config.model) else []
-    files = [p for p in files if p.name != model_card.CARD]  # which is given the scores
     candidates = [task.candidates(item) for item in run.items] if task.candidates else []
     how = "log-probabilities" if not task.generates else "sampled" if task.temperature else "greedy"
     return {
@@ -39,7 +37,7 @@ def describe(
         "published_subset": config.published_subset,
         "turn_end": " ".join(tokenizer.convert_ids_to_tokens(run.turn_ends(tokenizer))),
         "model": config.model,
-        "model_files": digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]),
+        "model_files": digest(identity(config.model)),
         "tokenizer": config.tokenizer,
         "engine": f"transformers, {how}",
         "dtype": config.dtype,

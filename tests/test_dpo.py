@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -287,6 +288,22 @@ def test_resume_is_bitwise_and_the_reference_is_not_computed_again(tmp_path, dpo
     train.main(dpo_args(tmp_path / "cut", *more, "--resume"))
     again = load_file(tmp_path / "cut" / "reference.safetensors")
     assert made and all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_resumed_run_is_refused_another_reference(tmp_path, dpo_args, model_dir, monkeypatch):
+    """The reference is the model that training began with; scores in its card change nothing."""
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    words = [*dpo_args(tmp_path / "run", "--max_steps", "2", "--save_every", "1"), "--model", str(base)]
+    train.main(words)
+    (tmp_path / "run" / "final" / "COMPLETED").unlink()
+    (base / "README.md").write_text("with scores")
+    monkeypatch.setattr(reference, "compute", lambda *args: pytest.fail("computed again"))
+    train.main([*words, "--resume"])
+    shutil.copytree(make_model(tmp_path / "retrained", seed=5), base, dirs_exist_ok=True)
+    monkeypatch.setattr(reference, "compute", lambda *args: pytest.fail("computed again"))
+    with pytest.raises(UserError, match=r"resume: not the run that .*: model_files: '\w+' -> '\w+'"):
+        train.main([*words, "--resume"])
 
 
 def test_keys_of_dpo_change_the_training(tmp_path, dpo_args):

@@ -1,6 +1,5 @@
 """What can be refused before the weights are loaded."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -19,7 +18,7 @@ def check_paths(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
     run_folder.check_output_dir(folder, config.resume, config.overwrite)
     if config.resume:
-        resume.refuse_changes(config, folder, {"config": asdict(config), **run_folder.environment()})
+        resume.refuse_changes(config, folder, resume.about_settings(config))
     datasets = [split_cap(source)[0] for source in config.dataset]
     for source in datasets:
         data_files(source, config.dataset_split)

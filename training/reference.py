@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.config import TrainConfig
+from common.hub import identity
 from common.run_folder import REFERENCE
 from training.data import Examples, steps_per_epoch
 from training.losses import evaluating
@@ -63,10 +64,8 @@ def build_objectives(
 
 def compute_fingerprint(config: TrainConfig, parts: list[Examples], packed: bool) -> str:
     """A hash of what the log-probabilities depend on: the data, the model, how it computes."""
-    path = Path(config.model)
-    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.iterdir()) if path.is_dir() else []
     how = [getattr(config, key) for key in ("model", "master_dtype", "mixed_precision", "attention", "seed")]
-    everything = [[part.fingerprint() for part in parts], files, how, packed]
+    everything = [[part.fingerprint() for part in parts], identity(config.model), how, packed]
     return hashlib.sha256(repr(everything).encode()).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Where a run starts and goes on: run.json, the latest checkpoint, and the one from before a run of bad steps."""
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,16 +10,26 @@ from accelerate import Accelerator
 
 from common import run_folder
 from common.config import FREE_TO_CHANGE, TrainConfig, UserError
+from common.hub import identity
 from training import checkpoint
 from training.data import Examples
+
+
+def about_settings(config: TrainConfig) -> dict[str, Any]:
+    """What is known of a run before its data are loaded: configuration, versions, hardware, and DPO's reference.
+
+    A resumed run of DPO needs the reference once more, which is the model as it was when training began.
+    """
+    files = hashlib.sha256(repr(identity(config.model)).encode()).hexdigest()[:16]
+    reference = {"reference": {"model_files": files}} if config.objective == "dpo" else {}
+    return {"config": asdict(config), **reference, **run_folder.environment()}
 
 
 def describe(config: TrainConfig, examples: Examples, held_out: Examples, accelerator: Accelerator) -> dict[str, Any]:
     """What run.json says of a run: configuration, data, versions and hardware."""
     return {
-        "config": asdict(config),
+        **about_settings(config),
         "data": {"examples": len(examples), "fingerprint": examples.fingerprint(), "held_out": held_out.fingerprint()},
-        **run_folder.environment(),
         "processes": accelerator.num_processes,
     }
 
@@ -32,14 +43,16 @@ def recorded(folder: Path) -> dict[str, Any]:
 def refuse_changes(config: TrainConfig, folder: Path, new: dict[str, Any]) -> None:
     """Raise UserError where the run in `folder`, as it was last resumed, is not the one that `new` describes.
 
-    Only what both of them say of configuration, data and versions is compared, so that a call before the data are
-    loaded can go without them. What is left to the run, which then keeps to its choice, is no change.
+    Only what both of them say of configuration, data, reference and versions is compared, so that a call before the
+    data are loaded can go without them. What is left to the run, which then keeps to its choice, is no change.
     """
     old, changed = recorded(folder), []
-    for part in ("config", "data", "versions"):
+    for part in ("config", "data", "reference", "versions"):
+        if part not in old:
+            continue
         names = [name for name in new.get(part, {}) if name not in FREE_TO_CHANGE]
         names = [name for name in names if (name, new[part][name]) != ("micro_batch_tokens", 0)]
-        changed += run_folder.differences(old.get(part) or {}, new.get(part, {}), names)
+        changed += run_folder.differences(old[part], new.get(part, {}), names)
     if changed and not config.resume_changed:
         raise UserError(f"resume: not the run that {folder} holds: {'; '.join(changed)} (--resume_changed goes on)")
 
