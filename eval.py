@@ -60,10 +60,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if not accelerator.is_main_process:
                 return {}
             new_scores = {run.name: score_answers(folder, run, options) for run in runs}
-            run_folder.write_json(folder / SCORES, {**old_scores, **new_scores})
+            kept_scores = {name: entry for name, entry in old_scores.items() if (folder / f"{name}.jsonl").exists()}
+            all_scores = {**kept_scores, **new_scores}
+            run_folder.write_json(folder / SCORES, all_scores)
             scores.print_table(new_scores)
             if is_local(config.model):
-                model_card.add_scores(Path(config.model), {**old_scores, **new_scores})
+                of_model = {name: entry for name, entry in all_scores.items() if entry.get("model") == config.model}
+                model_card.add_scores(Path(config.model), of_model)
             return new_scores
     finally:
         if accelerator.num_processes == 1:  # as in train.py: the next call in this process starts afresh

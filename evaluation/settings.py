@@ -15,6 +15,7 @@ from common.hub import identity
 from evaluation.task_run import TaskRun
 
 SETTINGS = "settings.json"
+OF_THE_MODEL = ("model", "model_files", "tokenizer")  # one for all that a folder holds
 
 
 def describe(
@@ -62,11 +63,17 @@ def record(folder: Path, settings: dict[str, dict], overwrite: bool, accelerator
     Returns:
         the names of the runs whose answers are complete.
     Raises:
-        UserError: the folder holds answers of other settings, and `overwrite` is not set, which deletes them.
+        UserError: the folder holds answers of other settings, also to other tasks if they are of another model, and
+            `overwrite` is not set, which deletes them.
     """
     path = folder / SETTINGS
     old = run_folder.read_json(path) if path.exists() else {}
-    changed = {}
+    this_model = next(iter(settings.values()))
+    changed = {
+        name: "; ".join(differences)
+        for name, entry in old.items()
+        if name not in settings and (differences := run_folder.differences(entry, this_model, list(OF_THE_MODEL)))
+    }
     for name, new in settings.items():
         results = [folder / f"{name}.jsonl", folder / f"{name}.parts"]
         if name in old and (differences := run_folder.differences(old[name], new, list(new))):
@@ -83,7 +90,8 @@ def record(folder: Path, settings: dict[str, dict], overwrite: bool, accelerator
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
         for name in settings:
             (folder / f"{name}.parts").mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path, {**old, **settings})
+        kept = {name: entry for name, entry in old.items() if name not in changed}
+        run_folder.write_json(path, {**kept, **settings})
     accelerator.wait_for_everyone()
     done = {name for name in settings if (folder / f"{name}.jsonl").exists()}
     for name in done if accelerator.is_main_process else ():

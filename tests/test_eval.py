@@ -190,6 +190,28 @@ def test_other_settings_over_old_results_are_refused(tmp_path, model_dir):
         evaluation.main(args(tmp_path, again, out="e2"))
 
 
+def test_scores_of_other_weights_do_not_stay_beside_new_ones(tmp_path, model_dir):
+    """Two tasks, a second training into the same folder, and one of the tasks again; or another model's task."""
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "Some text."}])
+    two = [*args(tmp_path, again := make_model(tmp_path / "again", seed=2))]
+    items_file(tmp_path)
+    evaluation.main(two)
+    loss = ["--model", str(again), "--tasks", f"text_loss={texts}", "--output_dir", str(tmp_path / "eval")]
+    evaluation.main(loss)
+    assert len(json.loads((tmp_path / "eval" / "scores.json").read_text())) == 2
+    make_model(tmp_path / "again", seed=3)
+    with pytest.raises(
+        UserError, match=r"other settings: gsm8k.metamath: model_files: .*; text_loss.peft: model_files"
+    ):
+        evaluation.main(loss)
+    evaluation.main([*loss, "--overwrite"])
+    for file in ("scores.json", "settings.json"):
+        assert list(json.loads((tmp_path / "eval" / file).read_text())) == ["text_loss.peft"]
+    assert not (tmp_path / "eval" / "gsm8k.metamath.jsonl").exists()
+    with pytest.raises(UserError, match=r"other settings: text_loss.peft: model: "):
+        evaluation.main(args(tmp_path, model_dir))
+
+
 def test_nothing_stale_is_reused(tmp_path, monkeypatch):
     """Another prompt, another tokenizer, weights in another format, no record of the settings: all are refused."""
     import dataclasses
