@@ -566,6 +566,8 @@ def _convert(f: dataclasses.Field, values: list[str], where: str) -> Any:
     (text,) = values
     if typing.get_origin(kind) is Literal:
         words = typing.get_args(kind)
+        if "on" in words:  # YAML 1.1 reads `key: on` as a boolean
+            text = {"True": "on", "False": "off"}.get(text, text)
         return text if text in words else wrong(f"one of {', '.join(words)}", text)
     if kind is bool:
         known = {"true": True, "false": False}

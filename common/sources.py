@@ -161,7 +161,8 @@ def read_columns(
             if column in conversations:
                 check_messages(row[column], f"{place}: ", f"column {column!r}")
             else:
-                messages = isinstance(row[column], list) and row[column] and "role" in row[column][0]
+                first = row[column][0] if isinstance(row[column], list) and row[column] else None
+                messages = isinstance(first, dict) and "role" in first
                 hint = ": messages need template tulu or chat" if messages else ""
                 _check_text(row[column], f"{place}: column {column!r}", hint)
         out = {c: _roles_and_contents(row[c]) if c in conversations else row[c] for c in columns}
@@ -368,8 +369,9 @@ def _from_file(
             return datasets.load_from_disk(str(path))
         if path.suffix == ".parquet":
             return load_dataset("parquet", data_files=str(path), split="train")
-        # A changed file is read anew.
-        identity = _hash(f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {columns} {conversations} {optional}")
+        # A changed file is read anew, and every file if this code has changed.
+        how = f"{columns} {conversations} {optional} {Path(__file__).read_bytes()}"
+        identity = _hash(f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {how}")
         return Dataset.from_generator(
             read_columns,
             gen_kwargs={

@@ -363,13 +363,12 @@ def render_preference(
 def _with_prompt(prompt: str | list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages behind a prompt, unless they begin with one."""
     if isinstance(prompt, str):  # beside whole conversations it is their first question once more
-        return (
-            messages
-            if any(m["role"] != "assistant" for m in messages)
-            else [{"role": "user", "content": prompt}, *messages]
-        )
+        if any(message["role"] == "user" for message in messages):
+            return messages
+        system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+        return [*system, {"role": "user", "content": prompt}, *messages[len(system) :]]
     check_messages(prompt, "", f"column {PROMPT!r}")
-    prompt = [{"content": None, **message} for message in prompt]
+    prompt = [{"content": None, **{k: v for k, v in message.items() if v is not None}} for message in prompt]
     return messages if messages[: len(prompt)] == prompt else [*prompt, *messages]
 
 

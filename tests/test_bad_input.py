@@ -162,6 +162,9 @@ def test_words_follow_yaml_and_types_are_the_same(tmp_path):
     config = parse(TrainConfig, ["--seed", "3", "--config", str(path), "--learning-rate", "1e-3", "--resume"])
     assert (config.learning_rate, config.exclude, config.seed, config.resume) == (1e-3, ["a", "b"], 3, True)
     assert parse(TrainConfig, ["--config", str(path)]).learning_rate == 5e-6
+    for word in ("on", "off", "auto"):  # to YAML 1.1 two of them are booleans
+        (tmp_path / "packing.yaml").write_text(path.read_text() + f"packing: {word}\n")
+        assert parse(TrainConfig, ["--config", str(tmp_path / "packing.yaml")]).packing == word
     with pytest.raises(UserError, match="unknown key 'learn'"):  # no abbreviations
         parse(TrainConfig, ["--learn", "1"])
     with pytest.raises(UserError, match="unexpected argument 'x'"):
@@ -211,6 +214,7 @@ def test_a_rule_on_the_command_line_takes_the_place_of_the_yamls(tmp_path):
         (GOOD + '{"query": "q"}\n', "line 2: no column 'response'; the row has 'query'"),
         (GOOD + '{"query": null, "response": "r"}\n', "line 2: column 'query' must be text, got null"),
         (GOOD + '{"query": 3, "response": "r"}\n', "line 2: column 'query' must be text, got int"),
+        (GOOD + '{"query": [1], "response": "r"}\n', "line 2: column 'query' must be text, got list"),
         (GOOD + '{"query": "q", "response": "\\ud800"}\n', "line 2: column 'response' holds half of a surrogate pair"),
         (GOOD + '{"query": "q", "response": " "}\n', "row 2 of the dataset: the response is empty"),
     ],

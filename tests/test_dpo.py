@@ -141,8 +141,12 @@ def test_an_explicit_prompt_stands_in_front_of_both_answers(tmp_path, model_dir)
     explicit = [{"prompt": chosen[:1], **answers}, {"prompt": [system, *chosen[:1]], **answers}]
     expected = tokenised(implicit, tokenizer, "tulu", tmp_path).rows.to_list()
     assert "q" in tokenizer.decode(expected[0]["input_ids"])
+    behind_system = {column: [system, *answer] for column, answer in answers.items()}
+    nulls = [{**chosen[0], "name": None, "tool_calls": None}]  # as Dataset.to_json writes them
     for rows in (
         explicit,
+        [{"prompt": nulls, **answers}, {"prompt": "q", **behind_system}],
+        [{"prompt": nulls, "chosen": [*nulls, *chosen[1:]], "rejected": [*nulls, *rejected[1:]]}, explicit[1]],
         [{"prompt": "q", **answers}, explicit[1]],
         [{"prompt": "q", **implicit[0]}, {"prompt": [system, *chosen[:1]], **implicit[1]}],  # said twice, as on the Hub
     ):

@@ -22,7 +22,7 @@ from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from common import templates
+from common import sources, templates
 from common.config import UserError, nearest
 from common.templates import IGNORE, TEMPLATES, LeftOut
 
@@ -169,7 +169,7 @@ def tokenise(
 
     # A name of our own for the cached result: hashing a tokenizer object is slow and not stable. The code is part of
     # it, so that an edited template is not served from the cache.
-    code = Path(__file__).read_bytes() + Path(templates.__file__).read_bytes()
+    code = b"".join(Path(file).read_bytes() for file in (__file__, templates.__file__, sources.__file__))
     how = template, max_length, overlong, preferences, train_on_prompt
     identity = (rows._fingerprint, _tokenizer_hash(tokenizer), *how, code)
     try:
