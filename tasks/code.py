@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from common.config import UserError
 from common.templates import MAGICODER
 from sandbox import run as sandbox
 from sandbox.run import Trial
 from tasks.metrics import per_item
 from tasks.sanitize import parse, sanitize
-from tasks.source import Source
+from tasks.source import Source, checked_rows
 from tasks.task import Answer, Chat, Format, Judge, Options, Task
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,6 +90,8 @@ MBPP_HUB = "google-research-datasets/mbpp"
 MBPPPLUS_FILE = ("mbppplus/MbppPlus-v0.2.0.jsonl.gz", ("evalplus/mbppplus", None, "test"))
 HUB_TESTS = "its test column in place of EvalPlus' inputs and oracles"
 HUMANEVAL_COLUMNS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
+EVALPLUS_COLUMNS = ("entry_point", "canonical_solution", "base_input", "plus_input", "atol")
+HUB_MBPPPLUS_COLUMNS = {"code": str, "test_imports": list, "test_list": list, "test": str}
 
 
 def load_humaneval(source: Source) -> list[dict]:
@@ -115,9 +118,18 @@ def load_humaneval_plus(source: Source) -> list[dict]:
     ]
     source.checked(items, lambda item: check_reference(item["_reference"]))
     if "base_input" in rows[0]:
+        checked_rows(rows, source.read[0], EVALPLUS_COLUMNS)
         return [{**item, **inputs_of(row)} for item, row in zip(items, rows, strict=True)]
+    checked_rows(rows, source.read[0], {"test": str})
     source.read.append(HUB_TESTS)
     base = {row["task_id"]: row["test"] for row in source.rows(*HUMANEVAL_FILE, HUMANEVAL_COLUMNS, items=False)}
+    for i, row in enumerate(rows, 1):
+        if row["task_id"] not in base:
+            raise UserError(
+                f"{source.read[0]}, item {i}: HumanEval, which has the base tests, has no {row['task_id']!r}"
+            )
+    if all(row["test"] == base[row["task_id"]] for row in rows):
+        raise UserError(f"{source.read[0]}: these are HumanEval's tests, not HumanEval+'s: score them as humaneval")
     for item, row in zip(items, rows, strict=True):
         tests = {"base": base[item["task_id"]], "plus": row["test"]}
         item["_tests"] = {group: f"{test}\ncheck({item['entry_point']})" for group, test in tests.items()}
@@ -128,6 +140,7 @@ def load_mbpp_plus(source: Source) -> list[dict]:
     """EvalPlus' file, or the Hub's, which has no inputs: then its test column judges, and its asserts for base."""
     rows = source.rows(*MBPPPLUS_FILE, ("task_id", "prompt"))
     if "base_input" in rows[0]:
+        checked_rows(rows, source.read[0], EVALPLUS_COLUMNS)
         items = [
             {
                 **{column: row[column] for column in ("task_id", "prompt", "entry_point")},
@@ -137,14 +150,15 @@ def load_mbpp_plus(source: Source) -> list[dict]:
             for row in rows
         ]
         return source.checked(items, lambda item: check_reference(item["_reference"]))
-    source.checked(rows, lambda row: called(row["code"], row["test_list"][0]))
+    checked_rows(rows, source.read[0], HUB_MBPPPLUS_COLUMNS)
+    source.checked(rows, lambda row: called(row["code"], row["test_list"]))
     source.read.append(HUB_TESTS)
     return [
         {
             "task_id": f"Mbpp/{row['task_id']}",
             # as in EvalPlus' file, whose texts have no links
             "prompt": f'"""\n{re.sub("https?://[^ ]+", "", row["prompt"])}\n{row["test_list"][0]}\n"""\n',
-            "entry_point": called(row["code"], row["test_list"][0]),
+            "entry_point": called(row["code"], row["test_list"]),
             "_reference": row["code"],
             "_tests": {"base": "\n".join([*row["test_imports"], *row["test_list"]]), "plus": row["test"]},
         }
@@ -156,8 +170,11 @@ def inputs_of(row: dict) -> dict[str, Any]:
     return {"_base_input": row["base_input"], "_plus_input": row["plus_input"], "_atol": row["atol"]}
 
 
-def called(code: str, test: str) -> str:
-    """The function of `code` that `test` calls. Raises ValueError where there is none."""
+def called(code: str, tests: list[str]) -> str:
+    """The function of `code` that the first of the tests calls. Raises ValueError where there is none."""
+    if not tests:
+        raise ValueError("there are no tests")
+    (test, *_) = tests
     check_reference(code)
     check_reference(test)
     defined = {node.name for node in ast.walk(parse(code)) if isinstance(node, ast.FunctionDef)}
@@ -182,7 +199,7 @@ def load_mbpp(source: Source) -> list[dict]:
     ]
     before = "".join(f"{mbpp_question(row)}{row['code']}\n[DONE]\n\n" for row in shots)
     items = [{column: row[column] for column in MBPP_COLUMNS} for row in rows if row["task_id"] in MBPP_TEST]
-    source.checked(items, lambda item: called(item["code"], item["test_list"][0]))
+    source.checked(items, lambda item: called(item["code"], item["test_list"]))
     return [{**item, "_shots": before} for item in items]
 
 

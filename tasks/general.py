@@ -130,6 +130,10 @@ def load_bbh(source: Source) -> list[dict]:
         prompt = "".join(prompt.splitlines(keepends=True)[2:])  # after the canary and a rule
         columns = {"input": str, "target": str}
         rows = source.json(f"bbh/bbh/{task}.json", ("SaylorTwift/bbh", task, "test"), "examples", columns)
+        if source.published and len(rows) < 40:
+            raise UserError(
+                f"published_subset takes 40 items of each task of BBH, {task} has {len(rows)}: leave it out"
+            )
         rows = sampler.sample(rows, 40) if source.published else rows
         items += [{"task": task, "input": r["input"], "target": r["target"], "_examples": prompt} for r in rows]
     return items
@@ -246,11 +250,14 @@ def squad_rows(source: Source, part: str, split: str, languages: Iterable[str]) 
         kept = {"id": row["id"], "language": language, "context": context, "question": row["question"]}
         if not answers or not all(isinstance(text, str) for text in (context, row["question"], *answers)):
             raise ValueError(f"{row['id']} has no answer, or what is no text")
+        if language not in found:
+            raise ValueError(f"{row['id']!r} begins with no language of TyDiQA's")
         found[language].append(kept | {"answers": answers})
 
     if not source.folder:
-        for row in source.rows("", (TYDIQA_HUB, "secondary_task", split)):
-            add(row, row["context"], row["answers"]["text"])
+        columns = {"id": str, "context": str, "question": str, "answers": dict}
+        rows = source.rows("", (TYDIQA_HUB, "secondary_task", split), columns)
+        source.checked(rows, lambda row: add(row, row["context"], row["answers"].get("text")))
         return found
     for language in languages:
         origin = f"{TYDIQA_HUB}, secondary_task, {split}; without it: --languages of those that are there"

@@ -347,6 +347,9 @@ def test_plus_needs_base_and_samples_are_averaged(folder):
     assert verdict["pass@10"] == 0.5
 
 
+HUB_HUMANEVAL_PLUS_ROW = {**HUMANEVAL_ROW, "test": f"{HUMANEVAL_ROW['test']}\n    pass\n"}
+
+
 @needs_sandbox
 def test_the_hubs_tests_are_a_fallback_that_is_named(folder, tmp_path):
     task = TASKS["mbpp_plus"]
@@ -359,7 +362,7 @@ def test_the_hubs_tests_are_a_fallback_that_is_named(folder, tmp_path):
         {"completions": [text], "format": "base"} for text in (MBPP_CODE, only_base, "def swap(p):\n    return p")
     ]
     assert [(v["base"], v["plus"]) for v in task.judge([item] * 3, answers, Options())] == [(1, 1), (1, 0), (0, 0)]
-    source = Source(str(folder), str(write_rows(tmp_path / "hub.jsonl", [HUMANEVAL_ROW])))
+    source = Source(str(folder), str(write_rows(tmp_path / "hub.jsonl", [HUB_HUMANEVAL_PLUS_ROW])))
     (item,) = TASKS["humaneval_plus"].load(source)
     assert "its test column" in source.read[1] and set(item["_tests"]) == {"base", "plus"}
 
@@ -397,6 +400,14 @@ def test_eval_from_the_model_to_the_scores(folder, tmp_path, monkeypatch):
         ("humaneval_plus", {**HUMANEVAL_PLUS_ROW, "prompt": "def ("}, "item 1: the reference solution is no Python"),
         ("mbpp", {**mbpp_row(11), "test_list": ["assert g(1) == 2"]}, "item 1: the test calls no function"),
         ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "code": "swap = 1"}, "item 1: the test calls no function"),
+        ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "test_list": []}, "item 1: there are no tests"),
+        ("mbpp", {**mbpp_row(11), "test_list": []}, "item 1: there are no tests"),
+        ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "code": None}, "item 1: column 'code' is null"),
+        # plain HumanEval's, and those of sanitized MBPP, which have no test of their own
+        ("humaneval_plus", HUMANEVAL_ROW, "these are HumanEval's tests, not HumanEval.'s: score them as humaneval"),
+        ("humaneval_plus", {**HUB_HUMANEVAL_PLUS_ROW, "task_id": "x/1"}, "item 1: HumanEval, .*, has no 'x/1'"),
+        ("mbpp_plus", {k: v for k, v in HUB_MBPP_PLUS_ROW.items() if k != "test"}, "item 1: no column 'test'"),
+        ("humaneval_plus", {k: v for k, v in HUMANEVAL_PLUS_ROW.items() if k != "atol"}, "item 1: no column 'atol'"),
     ],
 )
 def test_bad_rows_are_named(folder, tmp_path, name, row, message):

@@ -10,7 +10,7 @@ from collections import Counter
 
 import datasets
 import pytest
-from conftest import DATA, needs_data
+from conftest import DATA, needs_data, write_rows
 from transformers import AutoTokenizer
 
 from common.config import UserError
@@ -473,3 +473,24 @@ PINNED = {
     "tydiqa korean": "b0ec796cdd362ab7",
     "tydiqa swahili": "28f3a98583e8bd42",
 }
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "answer": "a"}, "item 1: no column 'id'"),
+        (
+            {"id": "klingon-1", "context": "c", "question": "q", "answers": {"text": ["a"]}},
+            "begins with no language of",
+        ),
+        ({"id": "korean-1", "context": "c", "question": "q", "answers": {}}, "item 1: korean-1 has no answer"),
+    ],
+)
+def test_rows_in_the_hubs_form_are_checked(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        TASKS["tydiqa"].load(Source("", str(write_rows(tmp_path / "rows.jsonl", [row]))))
+
+
+def test_the_published_subset_of_bbh_needs_40_items(folder):
+    with pytest.raises(UserError, match="published_subset takes 40 items of each task of BBH, boolean_expressions has"):
+        TASKS["bbh"].load(Source(str(folder), published=True))
