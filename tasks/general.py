@@ -248,7 +248,9 @@ def squad_rows(source: Source, part: str, split: str, languages: Iterable[str]) 
     def add(row: dict, context: str, answers: list[str]) -> None:
         language = row["id"].split("-")[0]
         kept = {"id": row["id"], "language": language, "context": context, "question": row["question"]}
-        if not answers or not all(isinstance(text, str) for text in (context, row["question"], *answers)):
+        if not answers or not all(
+            isinstance(text, str) and text.strip() for text in (context, row["question"], *answers)
+        ):
             raise ValueError(f"{row['id']} has no answer, or what is no text")
         if language not in found:
             raise ValueError(f"{row['id']!r} begins with no language of TyDiQA's")

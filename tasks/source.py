@@ -157,6 +157,8 @@ def checked_rows(rows: list[dict], where: str, columns: Iterable[str] | Mapping[
                     f"{where}, item {i}: column {column!r} must be {TYPE_NAMES[kind]}, got {str(value)[:60]!r} "
                     f"({type(value).__name__})"
                 )
+            if kind is str and not value.strip():
+                raise UserError(f"{where}, item {i}: column {column!r} is empty")
     return rows
 
 

@@ -277,7 +277,7 @@ HEADER = b"Question,Best Answer,Correct Answers,Incorrect Answers\n"
         ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", b"\x80\x81", "no text in UTF-8"),
         ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER, "no rows"),
         ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER + b"q,a\n", "item 1: column 'Correct Answers' is null"),
-        ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER + b"q,,a,b\n", "the best answer must be one of the"),
+        ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER + b"q,c,a,b\n", "the best answer must be one of the"),
         ("truthfulqa", "truthfulqa/TruthfulQA_v1.csv", HEADER + b'"' + b"x" * 200_000, "no CSV file"),
         ("bbh", "bbh/bbh/snarks.json", b'{"rows": []}', r"expected \{'examples': \[...\]\} with input, target"),
         ("bbh", "bbh/bbh/snarks.json", b"Question,Answer", "snarks.json: no JSON file"),

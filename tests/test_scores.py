@@ -244,7 +244,11 @@ def test_items_that_are_no_text_are_refused(words, tmp_path):
     write_rows(tmp_path / "items.jsonl", rows)
     with pytest.raises(UserError, match=r"items.jsonl, item 2: '\\ud83d' is half a surrogate pair and no text"):
         evaluation.main(words)
-    for value, message in ((None, "'question' is null"), (5, r"'question' must be text, got '5' \(int\)")):
+    for value, message in (
+        (None, "'question' is null"),
+        (" ", "'question' is empty"),
+        (5, r"'question' must be text, got '5' \(int\)"),
+    ):
         write_rows(tmp_path / "items.jsonl", [rows[0], {**rows[0], "question": value}])
         with pytest.raises(UserError, match=f"task gsm8k: .*items.jsonl, item 2: column {message}"):
             evaluation.main(words)

@@ -123,7 +123,7 @@ def test_where_texts_come_from(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [({"text": " \n"}, "item 2: the text is empty"), ({"content": "a"}, "item 2: no column 'text'")],
+    [({"text": " \n"}, "item 2: column 'text' is empty"), ({"content": "a"}, "item 2: no column 'text'")],
 )
 def test_rows_that_are_no_texts(row, message, tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, row])
