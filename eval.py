@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if not accelerator.is_main_process:
                 return {}
             new_scores = {run.name: score_answers(folder, run, options) for run in runs}
-            kept_scores = {name: entry for name, entry in old_scores.items() if (folder / f"{name}.jsonl").exists()}
-            all_scores = {**kept_scores, **new_scores}
+            path = folder / settings.SETTINGS  # an --overwrite has taken what is of another model out of it
+            known = run_folder.read_json(path) if path.exists() else old_scores
+            all_scores = {**{name: entry for name, entry in old_scores.items() if name in known}, **new_scores}
             run_folder.write_json(folder / SCORES, all_scores)
             scores.print_table(new_scores)
             if is_local(config.model):

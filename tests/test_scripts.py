@@ -36,6 +36,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
     """Start a script in the environment of this test, called from elsewhere, in a process group of its own."""
     env = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env.pop("HF_HUB_OFFLINE", None)
+    env.pop("OMP_NUM_THREADS", None)  # as a user's: training the quickstart's base amplifies another rounding
     log = open(folder / "log.txt", "a")  # noqa: SIM115  belongs to the process
     command = ["bash", str(folder / words[0]), *words[1:]]
     return subprocess.Popen(command, cwd="/", env=env, stdout=log, stderr=log, start_new_session=True)
@@ -67,9 +68,7 @@ def test_quickstart_is_cut_goes_on_and_is_reused(clone):
     new, old = (
         [float(cells.split(" | ")[i].split("%")[0]) for n, cells in rows.items() if n != "rule"] for i in (1, 2)
     )
-    # Training the base amplifies rounding: one processor has seen it end with 97 % of the old skills, another with 55.
-    # A rule learns the new skill, and forgets some of the old ones, on all of them.
-    assert new[0] < 20 and old[0] > 40 and min(new[1:]) > 40 and min(old[1:]) > 15 and max(old[1:]) < old[0]
+    assert new[0] < 20 and old[0] > 80 and min(new[1:]) > 50 and min(old[1:]) > 20 and max(old[1:]) < 80
     assert (out / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
 
     # DPO on top of it: the margin grows, and the accuracy does not fall
