@@ -121,6 +121,11 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     instead = "--dtype float32" if accelerator.device.type == "cpu" else "--dtype float16"
     if slow := warn_if_slow(getattr(torch, config.dtype), accelerator.device, instead):
         accelerator.print(slow)
+    for run in runs:
+        if config.prompt_format not in ("", run.format_name):
+            accelerator.print(
+                f"{run.task.name} does not know prompt_format {config.prompt_format}: it keeps {run.format_name}"
+            )
     model = None
     for run in runs:
         if run.name in done:

@@ -36,7 +36,13 @@ from training.steps import backward, evaluation_loss, gradient, scaler_warms_up,
 from training.timing import Timer
 
 # The benchmarks of the paper for each of its training sets, for the last line that a run prints.
-SCORED_BY = {"metamath": "math", "peft_metamath": "gsm8k_peft", "magicoder": "code", "tulu": "general"}
+SCORED_BY = {  # eval.py's --tasks for models of a template
+    "metamath": "math",
+    "peft_metamath": "gsm8k_peft",
+    "magicoder": "code",
+    "tulu": "general --prompt_format tulu",
+    "chat": "TASK --prompt_format chat",
+}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -202,7 +202,7 @@ class TrainConfig:
     per_device_batch_size: int = key(0, "examples per forward pass at most; 0: by micro_batch_tokens alone")
     micro_batch_tokens: int = key(
         0,
-        "tokens per forward pass at most, padding included; 0: on a CPU 2,048, on a GPU up to 16,384, as many as the "
+        "tokens per forward pass at most, padding included; 0: on a CPU 1,024, on a GPU up to 16,384, as many as the "
         "plan finds memory for",
     )
     packing: Literal["auto", "on", "off"] = key(
@@ -495,7 +495,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def reference(cls: type) -> str:
-    """The keys of a configuration as a Markdown table; the README holds this text."""
+    """The keys of a configuration as a Markdown table; docs/configuration.md holds this text."""
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for f in dataclasses.fields(cls):
         default = _default(f) if _has_default(f) else "required"

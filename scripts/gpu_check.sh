@@ -3,5 +3,5 @@
 # bash scripts/gpu_check.sh --tiny does all of it at its smallest on a CPU. Installs nothing: it takes what is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ] && [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 exec "$(command -v python || command -v python3)" scripts/bench/gpu_check.py "$@"

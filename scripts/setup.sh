@@ -1,7 +1,8 @@
 # Sourced by the other scripts: an active Python environment with requirements.txt in it, made in .venv where none is.
+# Conda's base, which many shells activate by themselves, counts as none: nobody wants pinned versions in it.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
     if [ ! -f .venv/bin/activate ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none, or a cut one
         for python in python3 python3.13 python3.12 python3.11; do
             "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break

@@ -237,7 +237,7 @@ RUN_BY = {
     "python train.py --dry_run": "tests/test_plan.py::test_a_plan_for_64_gpus",
     "python train.py ...": "tests/test_bad_input.py::test_programs_end_with_one_line_and_exit_code_2",
 }
-HERE = r"(accelerate launch |python )(--config_file \S+ )?(train|eval|scripts/report|scripts/merge)\.py (?!\.\.\.)"
+HERE = r"(accelerate launch |python )((?:--config_file \S+ |--num_processes \d+ )*)(train|eval|scripts/report|scripts/merge)\.py (?!\.\.\.)"
 
 
 def run_by(command: str) -> str:
@@ -265,6 +265,8 @@ def stand_in(tmp_path_factory) -> Path:
     for name in ("math_sft", "math_gmt"):
         make_model(folder / "outputs" / name / "final", seed=len(name))
     make_model(folder / "BASE", seed=7)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    (folder / "BASE" / "chat_template.jinja").write_text(template)
     texts = {"query": "q", "response": " r", "instruction": "i", "prompt": "p"}
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     write_rows(folder / "rows.jsonl", [{**texts, "messages": turns}] * 600)

@@ -30,7 +30,7 @@ from training.losses import attach_loss, token_losses
 # dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 # tokens of a forward pass where micro_batch_tokens is left to the run
-CHOICES, ON_CPU = (16384, 8192, 4096, 2048), 2048
+CHOICES, ON_CPU = (16384, 8192, 4096, 2048), 1024
 _BLOCK_8BIT, _LEAST_8BIT = 256, 4096  # bitsandbytes: entries per scale; smaller tensors keep fp32 moments
 
 

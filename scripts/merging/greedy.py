@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import eval as evaluation
+import eval as eval_program
 from common import run_folder
 from common.config import EvalConfig, UserError, key, parse
 from common.model_card import CARD
@@ -112,7 +112,7 @@ def score(models: list[Model], words: list[str], settings: dict[str, Any], work:
             if not folder.exists():  # it is put there whole
                 average.write_average(str(folder), models, [1.0] * len(models), "average", {"models": average_of})
         # what was made with other settings gives way
-        scored = evaluation.main([*words, "--model", str(folder), "--output_dir", str(here / "eval"), "--overwrite"])
+        scored = eval_program.main([*words, "--model", str(folder), "--output_dir", str(here / "eval"), "--overwrite"])
         if len(units := {task["unit"] for task in scored.values()}) > 1:
             raise UserError(f"tasks: scores in {' and '.join(sorted(units))} have no mean: name tasks of one unit")
         sign = -1 if units == {"nats"} else 1

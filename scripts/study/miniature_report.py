@@ -92,7 +92,7 @@ def header(lines: Lines, about: dict) -> str:
     return f"""# The paper's claims in miniature
 
 Written by `python scripts/report.py` from [runs.jsonl](runs.jsonl), a line per scored model (used: {counts}), made by
-`{about["command"]}` of commit {about["git_commit"]}
+`{about["command"]}` (today `bash scripts/study.sh`) of commit {about["git_commit"]}
 with torch {about["versions"]["torch"]} on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}).
 
 {scale["bases"]} base models (Llamas of width {scale["hidden"]} and {scale["layers"]} layers, from random weights) learn

@@ -36,4 +36,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "study.py")
+    run_main(main, "scripts/study/run.py")

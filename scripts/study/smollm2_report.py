@@ -196,8 +196,8 @@ def insensitive(size: Size, lines: Lines, task: str, base: dict) -> str:
     beyond, difference, range_, keep_ratio, rate = max(found)
     word = HOLDS if beyond <= 0 else UNTOLD if beyond < MARGIN else "**does not hold**"
     return (
-        f"{word}: at most {difference:+.4f} nats from {KEEP_RATIO}, at {keep_ratio:g} and rate {rate:g}, where "
-        f"{range_:.4f} are allowed; one seed"
+        f"{word} from {LEAST_KEEP_RATIO} up: at most {difference:+.4f} nats from {KEEP_RATIO}, at {keep_ratio:g} and "
+        f"rate {rate:g}, where {range_:.4f} are allowed; one seed"
     )
 
 
@@ -284,7 +284,7 @@ def claims_table(size: Size, lines: Lines, base: dict) -> str:
         "is retained with SFT's frontier at the loss on the new task that a run has reached: a rule that learns less "
         "and forgets less may just have taken smaller steps. A rule that learns more than SFT at its best is held "
         "against that. keep_ratio matters where gmt's loss on the new task differs by more than 5 % of what SFT "
-        "gains.\n"
+        f"gains; below {LEAST_KEEP_RATIO} nothing is claimed, and the table below shows what was measured.\n"
     )
 
 
