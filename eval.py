@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common import integrity, model_card, run_folder
@@ -60,9 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if not accelerator.is_main_process:
                 return {}
             new_scores = {run.name: score_answers(folder, run, options) for run in runs}
-            path = folder / settings.SETTINGS  # an --overwrite has taken what is of another model out of it
-            known = run_folder.read_json(path) if path.exists() else old_scores
-            all_scores = {**{name: entry for name, entry in old_scores.items() if name in known}, **new_scores}
+            all_scores = {**settings.still_true(folder, old_scores), **new_scores}
             run_folder.write_json(folder / SCORES, all_scores)
             scores.print_table(new_scores)
             if is_local(config.model):
@@ -111,6 +109,8 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     if is_local(config.model):  # before its settings are stored
         integrity.verify(Path(config.model), "model")
     tokenizer = from_pretrained(AutoTokenizer, config.tokenizer or config.model, "tokenizer")
+    if not is_local(config.model):  # its revision is among the settings
+        from_pretrained(AutoConfig, config.model, "model")
     texts = {run.name: render_prompts(run, tokenizer) for run in runs}
     prompts = {
         run.name: [ids[: run.task.max_prompt_tokens] for ids in encode(tokenizer, texts[run.name], run.special_tokens)]

@@ -194,11 +194,11 @@ def has_weights(source: str) -> bool:
 def identity(source: str) -> list[tuple]:
     """What tells a model from another of the same name: (name, bytes, time) of a folder's files, or the Hub's revision.
 
-    The model card is left out, which is given the scores.
+    The model card, also one that is just being written, is left out: it is given the scores.
     """
     if is_local(source):
         there = Path(source).iterdir() if os.path.isdir(source) else ()
-        files = sorted(p for p in there if p.is_file() and p.name != CARD)
+        files = sorted(p for p in there if p.is_file() and not p.name.startswith(CARD))
         return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     path = try_to_load_from_cache(source, "config.json")
     return [("revision", Path(path).parent.name)] if isinstance(path, str) else []

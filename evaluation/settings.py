@@ -52,6 +52,20 @@ def describe(
     }
 
 
+def still_true(folder: Path, scores: dict[str, dict]) -> dict[str, dict]:
+    """The entries of scores.json that belong to the answers that the folder is of now.
+
+    An --overwrite changes settings.json at once, and scores.json at its end alone, which it may not reach.
+    """
+    path = folder / SETTINGS
+    known = run_folder.read_json(path) if path.exists() else scores
+    return {
+        name: entry
+        for name, entry in scores.items()
+        if name in known and not run_folder.differences(entry, known[name], list(known[name]))
+    }
+
+
 def digest(value: Any) -> str:
     """A short hash of what JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -54,6 +54,8 @@ class TaskRun:
             raise UserError(f"task {self.task.name}: {e}") from None
         if self.source.file:  # `load` has not asked for it
             raise UserError(f"task {self.task.name} is made of several files: give a folder of them, --data_dir")
+        if not items:
+            raise UserError(f"task {self.task.name}: {self.source.read[0]} holds no item of it")
         for i, item in enumerate(items, 1):
             try:
                 json.dumps(item, ensure_ascii=False, default=str).encode()
@@ -83,6 +85,8 @@ def choose_tasks(config: EvalConfig) -> list[TaskRun]:
             raise UserError(f"tasks: {name} is a group of {members}: name one of them with the file")
         if name not in tasks.TASKS and name not in tasks.GROUPS:
             raise UserError(f"tasks: unknown task {name!r}{nearest(name, [*tasks.TASKS, *tasks.GROUPS])}")
+        if equals and not file:
+            raise UserError(f"tasks: {word} names no file behind the =")
         for task in [tasks.TASKS[n] for n in tasks.GROUPS.get(name, [name])]:
             known = config.prompt_format in task.formats
             format_name = config.prompt_format if known else next(iter(task.formats))

@@ -61,14 +61,13 @@ def magicoder_mbpp(item: dict, tokenizer: object = None) -> str:
 
 def evalplus_program(item: dict, completion: str, format: str) -> str:
     """What EvalPlus runs: the sanitized text of the prompt's stub and what follows it, or of the chat's answer."""
+    is_mbpp = item["prompt"].lstrip().startswith('"""')
+    if format == "magicoder" and not is_mbpp:  # as Magicoder's text2code.py
+        return item["prompt"] + completion
     completion = completion.replace("\t", "    ")
     if format == "base":
         return sanitize(base_prompt(item) + completion, item["entry_point"])
-    if format == "magicoder" and item["prompt"].lstrip().startswith('"""'):  # MBPP: the answer is the whole program
-        return sanitize(completion, item["entry_point"])
-    if format == "magicoder":
-        return item["prompt"] + completion
-    return sanitize(completion, item["entry_point"])
+    return sanitize(completion, item["entry_point"])  # the answer is the whole program
 
 
 def plain_program(item: dict, completion: str, format: str) -> str:
@@ -89,7 +88,8 @@ MBPP_FILE = "mbpp/mbpp.jsonl"
 MBPP_HUB = "google-research-datasets/mbpp"
 MBPPPLUS_FILE = ("mbppplus/MbppPlus-v0.2.0.jsonl.gz", ("evalplus/mbppplus", None, "test"))
 HUB_TESTS = "its test column in place of EvalPlus' inputs and oracles"
-HUMANEVAL_COLUMNS = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
+HUMANEVAL_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "entry_point", "test"), str)
+HUMANEVALPLUS_COLUMNS = {name: str for name in HUMANEVAL_COLUMNS if name != "test"}
 EVALPLUS_COLUMNS = ("entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 HUB_MBPPPLUS_COLUMNS = {"code": str, "test_imports": list, "test_list": list, "test": str}
 
@@ -108,7 +108,7 @@ def check_reference(code: str) -> None:
 
 def load_humaneval_plus(source: Source) -> list[dict]:
     """EvalPlus' file, or the Hub's, which has no inputs: then its test column judges, and HumanEval's for base."""
-    rows = source.rows(*HUMANEVALPLUS_FILE, HUMANEVAL_COLUMNS[:4])
+    rows = source.rows(*HUMANEVALPLUS_FILE, HUMANEVALPLUS_COLUMNS)
     items = [
         {
             **{column: row[column] for column in ("task_id", "prompt", "entry_point")},
@@ -174,6 +174,8 @@ def called(code: str, tests: list[str]) -> str:
     """The function of `code` that the first of the tests calls. Raises ValueError where there is none."""
     if not tests:
         raise ValueError("there are no tests")
+    if not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"its tests must be texts, got {tests}")
     (test, *_) = tests
     check_reference(code)
     check_reference(test)
@@ -185,18 +187,22 @@ def called(code: str, tests: list[str]) -> str:
 
 
 MBPP_TEST, MBPP_SHOTS = range(11, 511), (2, 3, 4)
-MBPP_COLUMNS = ("task_id", "text", "code", "test_setup_code", "test_list")
+MBPP_COLUMNS = {"task_id": int, "text": str, "code": str, "test_setup_code": object, "test_list": list}
 
 
 def load_mbpp(source: Source) -> list[dict]:
     """The 500 test tasks of plain MBPP; three of its prompt split are the examples before each."""
     rows = source.rows(MBPP_FILE, (MBPP_HUB, "full", "test"), MBPP_COLUMNS)
     shots = [row for row in rows if row["task_id"] in MBPP_SHOTS]  # a local file holds all splits
-    shots = shots or [
-        row
-        for row in source.rows(MBPP_FILE, (MBPP_HUB, "full", "prompt"), MBPP_COLUMNS, items=False)
-        if row["task_id"] in MBPP_SHOTS
-    ]
+    shots = (
+        shots
+        if len(shots) == len(MBPP_SHOTS)
+        else [
+            row
+            for row in source.rows(MBPP_FILE, (MBPP_HUB, "full", "prompt"), MBPP_COLUMNS, items=False)
+            if row["task_id"] in MBPP_SHOTS
+        ]
+    )
     before = "".join(f"{mbpp_question(row)}{row['code']}\n[DONE]\n\n" for row in shots)
     items = [{column: row[column] for column in MBPP_COLUMNS} for row in rows if row["task_id"] in MBPP_TEST]
     source.checked(items, lambda item: called(item["code"], item["test_list"]))

@@ -82,8 +82,9 @@ def gsm8k_gold(item: dict) -> int:
 
 
 def load_gsm8k(source: Source) -> list[dict]:
-    items = source.rows("gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), {"question": str, "answer": str})
-    return source.checked(items, gsm8k_gold)
+    columns = {"question": str, "answer": str}
+    rows = source.rows("gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), columns)
+    return source.checked([{column: row[column] for column in columns} for row in rows], gsm8k_gold)
 
 
 GSM8K = Task(

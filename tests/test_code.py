@@ -211,7 +211,7 @@ def test_what_parses_is_never_an_exception():
 def test_programs_of_each_format():
     item = {"prompt": STUB, "entry_point": "double"}
     assert evalplus_program(item, "    return 2 * x\n\nz = 1", "base") == STUB + "    return 2 * x"
-    assert evalplus_program(item, "\treturn 2 * x", "magicoder") == STUB + "    return 2 * x"
+    assert evalplus_program(item, "\treturn 2 * x", "magicoder") == STUB + "\treturn 2 * x"  # as it does itself
     assert evalplus_program(item, "def double(x):\n\treturn 2 * x", "chat") == "def double(x):\n    return 2 * x"
     item = {"prompt": MBPP_PROMPT, "entry_point": "swap"}
     for format in ("base", "chat", "magicoder"):
@@ -402,6 +402,11 @@ def test_eval_from_the_model_to_the_scores(folder, tmp_path, monkeypatch):
         ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "code": "swap = 1"}, "item 1: the test calls no function"),
         ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "test_list": []}, "item 1: there are no tests"),
         ("mbpp", {**mbpp_row(11), "test_list": []}, "item 1: there are no tests"),
+        ("mbpp", {**mbpp_row(11), "test_list": [5]}, "item 1: its tests must be texts"),
+        ("mbpp", {**mbpp_row(11), "code": 5}, "item 1: column 'code' must be text"),
+        ("mbpp", {**mbpp_row(11), "task_id": "11"}, "item 1: column 'task_id' must be a whole number"),
+        ("humaneval", {**HUMANEVAL_ROW, "prompt": 5}, "item 1: column 'prompt' must be text"),
+        ("humaneval_plus", {**HUMANEVAL_PLUS_ROW, "task_id": 5}, "item 1: column 'task_id' must be text"),
         ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "code": None}, "item 1: column 'code' is null"),
         # plain HumanEval's, and those of sanitized MBPP, which have no test of their own
         ("humaneval_plus", HUMANEVAL_ROW, "these are HumanEval's tests, not HumanEval.'s: score them as humaneval"),

@@ -237,7 +237,8 @@ RUN_BY = {
     "python train.py --dry_run": "tests/test_plan.py::test_a_plan_for_64_gpus",
     "python train.py ...": "tests/test_bad_input.py::test_programs_end_with_one_line_and_exit_code_2",
 }
-HERE = r"(accelerate launch |python )((?:--config_file \S+ |--num_processes \d+ )*)(train|eval|scripts/report|scripts/merge)\.py (?!\.\.\.)"
+LAUNCHED = r"(accelerate launch |python )((?:--config_file \S+ |--num_processes \d+ )*)"
+HERE = LAUNCHED + r"(train|eval|scripts/report|scripts/merge)\.py (?!\.\.\.)"
 
 
 def run_by(command: str) -> str:

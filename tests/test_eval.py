@@ -1,5 +1,6 @@
 """Scores: extraction rules, generation, resumption: pytest tests/test_eval.py"""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -37,8 +38,6 @@ def stored(folder):
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    import dataclasses
-
     monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], max_new_tokens=24))
 
 
@@ -214,10 +213,38 @@ def test_scores_of_other_weights_do_not_stay_beside_new_ones(tmp_path, model_dir
         evaluation.main(args(tmp_path, model_dir))
 
 
+def test_scores_of_other_weights_go_also_where_their_overwrite_was_cut(tmp_path, monkeypatch):
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "Some text."}])
+    items_file(tmp_path)
+    both = [*args(tmp_path, again := make_model(tmp_path / "again", seed=2))]
+    both[both.index("--tasks") + 1 : both.index("--tasks") + 1] = [f"text_loss={texts}"]
+    evaluation.main(both)
+    make_model(tmp_path / "again", seed=3)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(evaluation, "score_answers", raise_interrupt)
+        evaluation.main([*both, "--overwrite"])
+    evaluation.main(args(tmp_path, again))
+    assert list(json.loads((tmp_path / "eval" / "scores.json").read_text())) == ["gsm8k.metamath"]
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_format_that_a_task_does_not_know_is_said(tmp_path, model_dir, monkeypatch, capsys):
+    items_file(tmp_path)
+    formats = {**TASKS["text_loss"].formats, "tulu": TASKS["text_loss"].formats["base"]}
+    monkeypatch.setitem(TASKS, "text_loss", dataclasses.replace(TASKS["text_loss"], formats=formats))
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "Some text."}])
+    words = args(tmp_path, model_dir, "--prompt_format", "tulu")
+    words[words.index("--tasks") + 1 : words.index("--tasks") + 1] = [f"text_loss={texts}"]
+    evaluation.main(words)
+    out = capsys.readouterr().out
+    assert "gsm8k does not know prompt_format tulu: it keeps alpaca" in out and "text_loss does not" not in out
+
+
 def test_nothing_stale_is_reused(tmp_path, monkeypatch):
     """Another prompt, another tokenizer, weights in another format, no record of the settings: all are refused."""
-    import dataclasses
-
     items_file(tmp_path, 3)
     model = make_model(tmp_path / "m")
     evaluation.main(args(tmp_path, model))
@@ -282,8 +309,6 @@ def test_the_hub_is_asked_for_the_right_split(monkeypatch):
 
 
 def test_every_key_of_eval_is_used():
-    import dataclasses
-
     files = [Path(evaluation.__file__), *Path(generation.__file__).parent.glob("*.py")]
     source = "".join(file.read_text() for file in files)
     for field in dataclasses.fields(config.EvalConfig):

@@ -194,6 +194,19 @@ def test_tolerance_stays_once_a_float_was_expected():
     }  # fmt: skip
     assert sandbox.run(Trial("judge_inputs", {**data, "base": [[0], [1]]}, 3.0))["base"] == "passed"
     assert sandbox.run(Trial("judge_inputs", {**data, "base": [[1], [0]]}, 3.0))["base"] == "failed"
+    empty = {**data, "program": "def f(x): return [float(2**60)] * x", "reference": "def f(x): return [2**60 + 1] * x"}
+    assert sandbox.run(Trial("judge_inputs", {**empty, "base": [[0], [1]]}, 3.0))["base"] == "failed"  # [] is no float
+
+
+@needs_sandbox
+def test_loading_a_program_has_the_whole_tasks_time():
+    """As in EvalPlus, where the limit of an input holds for calls alone."""
+    data = {
+        "program": "import time\ntime.sleep(0.5)\ndef f(x): return x", "reference": "def f(x): return x",
+        "entry_point": "f", "task": 0, "base": [[1]], "atol": 0, "least": 0.1, "factor": 1.0,
+    }  # fmt: skip
+    assert sandbox.run(Trial("judge_inputs", data, 3.0))["base"] == "passed"
+    assert sandbox.run(Trial("judge_inputs", data, 0.3))["base"] == "timeout"
 
 
 @needs_sandbox

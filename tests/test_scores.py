@@ -146,6 +146,7 @@ def test_a_judge_that_needs_the_data_reads_it_again(tmp_path, words, monkeypatch
     [
         (["--tasks", "math=x.jsonl"], "math is a group of gsm8k, hendrycks_math: name one of them with the file"),
         (["--tasks", "math", "gsm8k"], "gsm8k is named twice"),
+        (["--tasks", "gsm8k="], "tasks: gsm8k= names no file behind the ="),
         (["--tasks", "hendryks_math"], "unknown task 'hendryks_math'; did you mean hendrycks_math"),
         (["--tasks", "mmlu", "--prompt_format", "tul"], "these tasks do not know 'tul'; did you mean tulu"),
         (["--tasks", "gsm8k", "--prompt_format", "tulu"], "these tasks do not know 'tulu'; known: alpaca"),
@@ -157,6 +158,14 @@ def test_a_judge_that_needs_the_data_reads_it_again(tmp_path, words, monkeypatch
 def test_bad_words(more, message, words):
     with pytest.raises(UserError, match=message):
         evaluation.main([*words, *more])
+
+
+def test_a_task_without_items_is_refused(words, monkeypatch):
+    """As MBPP's of a file that holds its validation split."""
+    load = lambda source: source.rows("", ("", None, "")) and []  # noqa: E731
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], load=load))
+    with pytest.raises(UserError, match=r"task gsm8k: .*items.jsonl holds no item of it"):
+        evaluation.main(words)
 
 
 def test_a_task_of_several_files_takes_no_single_one(words, monkeypatch):
