@@ -21,7 +21,8 @@ class GMTCallback(TrainerCallback):
         ValueError: what gmt.Masker refuses; a rule with masked_weights other than `momentum`, or score `moment`, which
             own the optimizer's step, and Trainer does not hand it out; a rule that keeps its masks for more than a
             step, since a Trainer's checkpoint would lack them; rule hft (call gmt.freeze_half(model, seed) before the
-            Trainer is made).
+            Trainer is made). At the first step: no matrix has a gradient, as under DeepSpeed, which has stepped
+            already, and FSDP1, which holds them flat.
     """
 
     def __init__(self, rule: str, keep_ratio: float | None = None, **options: Any):
@@ -47,4 +48,9 @@ class GMTCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.masker is None:  # only now is the model surely wrapped: FSDP2 replaces its parameters
             self.masker = gmt.Masker(model.named_parameters(), **self.settings)
+            if self.masker.score and all(p.grad is None for p in self.masker.eligible.values()):
+                raise ValueError(
+                    "no matrix has a gradient here, and nothing would be masked: DeepSpeed and FSDP1 hide them, use "
+                    "DDP or FSDP2"
+                )
         self.masker.mask_gradients(state.global_step, check_finite=False)

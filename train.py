@@ -46,7 +46,10 @@ SCORED_BY = {  # eval.py's --tasks for models of a template
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run one training; returns the last line of metrics.jsonl. Can be called many times in one process."""
+    """Run one training; returns the last line of metrics.jsonl, or {} where it resumes a finished run.
+
+    Can be called many times in one process.
+    """
     config = parse(TrainConfig, sys.argv[1:] if argv is None else argv)
     check_paths(config)
     if config.dry_run:
@@ -100,14 +103,15 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     accumulate, clipping = gradient(config, model, optimizer.optimizer, backward)
     batches_of = functools.partial(step_batches, config, examples, packed, accelerator)
     zero_grad = functools.partial(zero_gradients, optimizer, accelerator)
+    evaluate = functools.partial(evaluation_loss, config, model, held_out, packed, objectives.held_out)
     calibrate(config, masker, lambda step: accumulate(model, batches_of(step), objective, accelerator), zero_grad)
     flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="train", disable=not accelerator.is_main_process)
-    last_save, bad_in_a_row, line = time.monotonic(), 0, {}
+    last_save, save_is_due, bad_in_a_row, line = time.monotonic(), False, 0, log.last
     signals.listen()
     while (step := progress["step"]) < total_steps:
-        logged = is_due(step, config.log_every) or step + 1 == total_steps
-        masks_logged = is_due(step, config.log_masks_every)
+        evaluated = is_due(step, config.eval_every) or step + 1 == total_steps
+        logged, masks_logged = is_due(step, config.log_every) or evaluated, is_due(step, config.log_masks_every)
         timer = Timer(accelerator.device if logged else None)
 
         # 1. the step's examples, and this process's share of them
@@ -152,11 +156,9 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         # 5. log, evaluate
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{batches.tokens / timer.total():.0f}")
-        eval_loss = None
-        if is_due(step, config.eval_every) or step + 1 == total_steps:
-            eval_loss = evaluation_loss(config, model, held_out, packed, objectives.held_out, accelerator)
+        eval_loss = evaluate(accelerator) if evaluated else None
         per_tensor = stats.pop("tensors") if stats else None
-        if logged or not finite or eval_loss is not None:
+        if logged or not finite:
             line = {"step": step + 1, "epoch": round((step + 1) / steps_in_epoch, 4), "loss": loss}
             line |= {**dict(zip(objective.metrics, metrics, strict=True)), "eval_loss": eval_loss, "lr": lr}
             line |= {**norms, **(stats or {}), **progress, "trained_tokens": batches.trained}
@@ -168,12 +170,13 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         if masks_logged and per_tensor:
             log.write_masks({"step": step + 1, "jaccard": stats.get("mask_jaccard"), "tensors": per_tensor})
 
-        # 6. save; stop where a signal, or one bad step after the other, asks for it
+        # 6. save, but not among bad steps, which may have to be done again; stop where they or a signal ask for it
         if 0 < config.max_skipped_steps <= bad_in_a_row:
             resume.stop_at_bad_steps(config, folder, progress, bad_in_a_row, accelerator)
-        if is_due(step, config.save_every) or time_to_save or any(received):
+        save_is_due |= is_due(step, config.save_every) or time_to_save
+        if (save_is_due and finite) or any(received):
             checkpoint.save(accelerator, folder / "checkpoints", progress, config.keep_checkpoints)
-            last_save = time.monotonic()
+            last_save, save_is_due = time.monotonic(), False
         if any(received):
             bar.close()
             interrupts.stop(received, f"saved step {step + 1} of {total_steps}; the same command with --resume goes on")

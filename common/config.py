@@ -271,6 +271,7 @@ class TrainConfig:
         of_others = {
             **dict.fromkeys(OF_GRADIENTS, not zeroth_order),
             "zo_epsilon": zeroth_order,
+            "lora_dropout": not zeroth_order,  # which compares losses, and without dropout
             **dict.fromkeys(("subzero_rank", "subzero_refresh_every"), self.optimizer == "subzero"),
         }
         for name, has_meaning in of_others.items():
@@ -290,6 +291,8 @@ class TrainConfig:
                 "clip after clips what masking leaves of the gradient: it needs a max_grad_norm above 0, "
                 "and masked_weights other than update, under which the moments see the whole gradient"
             )
+        if self.mask_jaccard and not axes.score:
+            raise UserError(f"mask_jaccard compares masks, and rule {self.rule} has none: leave it out")
         if self.mask_jaccard and not self.log_masks_every:
             raise UserError("mask_jaccard needs log_masks_every, the steps between two masks that are compared")
         for tracker in self.trackers:

@@ -34,7 +34,7 @@ def make(config: TrainConfig, description: dict[str, Any], last: dict[str, Any])
         base_model=None if is_local(config.model) else config.model,
         datasets=hub_datasets or None,
     )
-    settings = {k: v for k, v in description["config"].items() if v not in ("", None, [], False)}
+    settings = {k: v for k, v in description["config"].items() if v not in (None, "", [])}
     facts = {
         "base model": "a local folder" if is_local(config.model) else config.model,
         "data": f"{' '.join(config.dataset)}, {description['data']['examples']} examples, "
@@ -69,7 +69,7 @@ def make_merged(method: str, source: str, parts: list[tuple[str, str]], settings
         base_model=[name for name, _ in parts if not is_local(name)] or None,
     )
     environment = run_folder.environment()
-    told = {k: v for k, v in settings.items() if v not in ("", None, [], False)}
+    told = {k: v for k, v in settings.items() if v not in (None, "", [])}
     return run_folder.redact(
         f"---\n{metadata}\n---\n\n{_MERGED} `{method}`\n\n- source: {source}\n"
         + "".join(f"- part: {name}, {role}\n" for name, role in parts)

@@ -65,6 +65,8 @@ def lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             f.seek(0)
             raise UserError(f"output_dir {folder} is in use by {f.read().strip() or 'another process'}") from None
+        except OSError as e:  # some file systems of clusters have no locks
+            print(f"warning: {folder} cannot be locked ({e.strerror}): see that no second run writes into it")
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}")
         f.flush()
@@ -159,17 +161,22 @@ class Log:
     """The log of a run, on disk as soon as it is written: a line per logged step, on the main process.
 
     metrics.jsonl always; masks.jsonl, what is kept of each tensor; and Accelerate's trackers, if any are configured.
+
+    Attributes:
+        last: the last line of metrics.jsonl up to start_step; {} where there is none, and on the other processes.
     """
 
     def __init__(self, folder: Path, start_step: int, accelerator: Accelerator, config: TrainConfig):
         self.accelerator = accelerator
-        self.files = {}
+        self.files, self.last = {}, {}
         if not accelerator.is_main_process:
             return
         for name in (METRICS, MASKS):
             _forget_after(folder / name, start_step)
             if name == METRICS or config.log_masks_every:
                 self.files[name] = open(folder / name, "a", buffering=1)  # noqa: SIM115  as long as the run
+        if lines := (folder / METRICS).read_text().splitlines():
+            self.last = json.loads(lines[-1])
         if config.trackers:
             simple = {k: v if isinstance(v, (int, float)) else redact(str(v)) for k, v in asdict(config).items()}
             os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # else below the home folder

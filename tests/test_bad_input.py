@@ -4,8 +4,10 @@ Most cases call main() in this process and look at the UserError; the last tests
 `python eval.py` turn it into one line on standard error and exit code 2.
 """
 
+import errno
 import gzip
 import json
+import os
 import resource
 import shutil
 
@@ -95,7 +97,12 @@ def run(tmp_path, train_args):
             "grad_square, which needs at least 1; got 0 with rule grad_square",
         ),
         ({"calibration_steps": 3}, "calibration_steps is for rule grad_square, .* got 3 with rule none"),
-        ({"mask_jaccard": "true"}, "mask_jaccard needs log_masks_every"),
+        ({"mask_jaccard": "true", "rule": "rmt", "keep_ratio": 0.2}, "mask_jaccard needs log_masks_every"),
+        ({"mask_jaccard": "true", "log_masks_every": 1}, "mask_jaccard compares masks, and rule none has none"),
+        (
+            {"optimizer": "mezo", "adapter": "lora", "lora_dropout": 0.1},
+            "lora_dropout has no meaning for optimizer mezo",
+        ),
         ({"trackers": "tensorbord"}, "unknown word 'tensorbord'; did you mean tensorboard"),
         ({"optimizer": "adam"}, "must be one of adamw, adamw_8bit, paged_adamw_8bit, mezo, subzero, got 'adam'"),
         ({"resume": "true", "overwrite": "true"}, "set one of the two"),
@@ -500,6 +507,15 @@ def test_one_process_may_be_named_in_the_environment(run, monkeypatch):
 def test_a_folder_in_use_is_refused(run, tmp_path):
     with run_folder.lock(tmp_path / "run"), pytest.raises(UserError, match=r"is in use by process \d+ on "):
         run()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    with run_folder.lock(tmp_path / "run"):
+        assert "run cannot be locked (Function not implemented): see that no second" in capsys.readouterr().out
 
 
 # --- eval.py ---------------------------------------------------------------------------------------------------------

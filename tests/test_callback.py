@@ -123,6 +123,17 @@ def test_an_overflow_is_left_to_the_scaler():
     assert not model.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["DeepSpeed", "FSDP1"])
+def test_where_no_matrix_has_a_gradient_nothing_is_masked_in_silence(name):
+    model = torch.nn.Linear(4, 4)  # DeepSpeed has stepped already
+    if name == "FSDP1":  # flat
+        model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(16))])
+        model[0].grad = torch.ones(16)
+    with pytest.raises(ValueError, match="no matrix has a gradient here, .* DeepSpeed and FSDP1 hide them"):
+        GMTCallback("gmt", 0.25).on_pre_optimizer_step(None, TrainerState(), None, model=model)
+    GMTCallback("none").on_pre_optimizer_step(None, TrainerState(), None, model=model)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -188,11 +188,12 @@ def test_pairs_that_cannot_be_compared_are_left_out_and_counted(tmp_path, model_
         make(("", "a"), ("", "b")),
         make(("q" * 200, "a"), ("q" * 200, "b")),
         make(("q", "a" * 300), ("q", "b")),
+        make(("q", "a" * 300 + "1"), ("q", "a" * 300 + "2")),
     ]
     examples = tokenised(rows, tokenizer, "tulu", tmp_path)
     assert examples.left_out == {
         "equal answers": 1, "an empty answer": 1, "different prompts": 1, "no answer at the end": 1,
-        "an empty message": 1, "no token to train on within max_length": 1,
+        "an empty message": 1, "no token to train on within max_length": 1, "equal answers within max_length": 1,
     }  # fmt: skip
     assert (len(examples), examples.truncated) == (2, 1)
     # the text columns of a template with a prompt of its own

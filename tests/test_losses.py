@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -148,6 +149,14 @@ def test_a_model_that_scales_its_logits_otherwise_is_refused(examples, accelerat
     losses.attach_loss(model, 4)
     checks.check_loss(config(**FP32), model, examples, accelerator)
     assert model.training  # as it was found
+
+
+def test_losses_smaller_than_rounding_are_no_difference():
+    """Those of a text that the model knows by heart: a last digit is 1.2e-7, and none is infinitely far from 0."""
+    by_heart = torch.tensor([1e-5, 0.0, 2e-5])
+    assert checks.distance(by_heart + 1.2e-7, by_heart) < 1e-4 and checks.distance(by_heart, 0 * by_heart) < 1e-2
+    assert checks.distance(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.001])) > 1e-4
+    assert math.isnan(checks.distance(torch.tensor([math.nan]), torch.tensor([1.0])))
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------

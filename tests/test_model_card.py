@@ -15,7 +15,8 @@ from common.config import TrainConfig
 
 @pytest.fixture
 def final(tmp_path, train_args) -> Path:
-    train.main(train_args(tmp_path / "run", "--rule", "gmt", "--keep_ratio", "0.3", "--max_steps", "2"))
+    words = ["--rule", "gmt", "--keep_ratio", "0.3", "--max_steps", "2", "--max_grad_norm", "0", "--shuffle", "false"]
+    train.main(train_args(tmp_path / "run", *words))
     return tmp_path / "run" / "final"
 
 
@@ -34,6 +35,7 @@ def test_a_card_tells_how_the_model_was_made(final, rows_file):
     assert f"- data: {rows_file}, 70 examples, fingerprint" in card.text and "- steps: 2 of 16 examples" in card.text
     settings = yaml.safe_load(card.text.split("```")[1].removeprefix("yaml\n"))
     assert settings["learning_rate"] == 1e-3 and settings["keep_ratio"] == 0.3
+    assert settings["max_grad_norm"] == 0.0 and settings["shuffle"] is False  # which are not the defaults
 
 
 def test_hub_names_are_metadata_and_secrets_are_not_told(monkeypatch, tmp_path):

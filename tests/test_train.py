@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -365,7 +366,7 @@ def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, tra
             next(model.parameters()).grad[0, 0] = math.nan
         return loss
 
-    words = [*RULES["gmt"], "--micro_batch_tokens", "100000"]  # one call a step
+    words = [*RULES["gmt"], "--micro_batch_tokens", "100000", "--save_every", "1"]  # one call a step
     with monkeypatch.context() as m:
         m.setattr(train, "backward", nan_from_the_fifth)
         with pytest.raises(UserError, match=r"3 steps in a row .* up to step 7 .* before is .*step_000004; look at"):
@@ -380,6 +381,46 @@ def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, tra
     train.main(train_args(tmp_path / "run", *words, "--max_skipped_steps", "3", "--resume"))
     train.main(train_args(tmp_path / "whole", *words, "--max_skipped_steps", "3"))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_due_checkpoint_waits_for_a_good_step(tmp_path, train_args, monkeypatch):
+    backward, calls = train.backward, []
+
+    def nan_at_the_second(model, *args):
+        calls.append(1)
+        loss = backward(model, *args)
+        if len(calls) == 2:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(train, "backward", nan_at_the_second)
+    words = ["--micro_batch_tokens", "100000", "--save_every", "2", "--max_steps", "3"]
+    train.main(train_args(tmp_path / "run", *words))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_000003"]
+
+
+def test_a_line_of_an_evaluation_is_whole(tmp_path, train_args):
+    """Also where it is none of the logged ones: what masking keeps is measured."""
+    words = [*RULES["gmt"], "--eval_rows", "5", "--eval_every", "2", "--log_every", "100", "--max_steps", "4"]
+    train.main(train_args(tmp_path / "run", *words))
+    for line in read_metrics(tmp_path / "run"):
+        assert line["grad_norm_kept"] < line["grad_norm"] and line["kept_fraction"] < 0.5, line["step"]
+
+
+def test_a_run_that_is_resumed_at_its_end_knows_its_last_step(tmp_path, train_args):
+    words = train_args(tmp_path / "run", "--save_every", "3", "--max_steps", "3")
+    last = train.main(words)
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert train.main([*words, "--resume"]) == last
+    assert "- steps: 3 of 16 examples" in (tmp_path / "run" / "final" / "README.md").read_text()
+
+
+def test_resume_changed_over_a_finished_run_is_refused(tmp_path, train_args):
+    words = train_args(tmp_path / "run", "--max_steps", "2")
+    train.main(words)
+    with pytest.raises(UserError, match=r"finished with other settings: max_steps: 2 -> 4; choose another output_dir"):
+        train.main([*words, "--max_steps", "4", "--resume", "--resume_changed"])
+    assert train.main([*words, "--resume", "--resume_changed"]) == {}
 
 
 def test_axes_of_the_rules_reach_the_training(tmp_path, train_args):

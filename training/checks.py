@@ -14,6 +14,8 @@ from training.data import Examples, collate
 from training.losses import attach_loss, evaluating
 from training.plan import wants_packing
 
+LEAST_LOSS = 1e-2  # nats per token
+
 
 class _Hidden:
     """The output of a model's layers: hidden states, and None where something else is asked for."""
@@ -130,8 +132,11 @@ def slow_precision(config: TrainConfig, device: torch.device) -> str:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|; NaN where either is."""
-    return float((a - b).norm() / b.norm())
+    """|a - b| / |b| of losses; NaN where either is.
+
+    Losses are taken for at least LEAST_LOSS each: those of text that a model knows by heart are smaller than rounding.
+    """
+    return float((a - b).norm() / b.norm().clamp(min=LEAST_LOSS * len(b) ** 0.5))
 
 
 def model_type(model: nn.Module) -> str:

@@ -159,6 +159,8 @@ def tokenise(
                 reason = "more than max_length tokens"
             elif row and min(trained) == 0:
                 reason = "no token to train on within max_length"
+            elif preferences and row and sequences[0] == sequences[1]:
+                reason = "equal answers within max_length"
             out["input_ids"].append(list(itertools.chain(*(ids for ids, _ in sequences))))
             out["labels"].append(list(itertools.chain(*(labels for _, labels in sequences))))
             out["lengths"].append([len(ids) for ids, _ in sequences])

@@ -46,15 +46,19 @@ def refuse_changes(config: TrainConfig, folder: Path, new: dict[str, Any]) -> No
     Only what both of them say of configuration, data, reference and versions is compared, so that a call before the
     data are loaded can go without them. What is left to the run, which then keeps to its choice, is no change.
     """
-    old, changed = recorded(folder), []
-    for part in ("config", "data", "reference", "versions"):
-        if part not in old:
-            continue
-        names = [name for name in new.get(part, {}) if name not in FREE_TO_CHANGE]
-        names = [name for name in names if (name, new[part][name]) != ("micro_batch_tokens", 0)]
-        changed += run_folder.differences(old[part], new.get(part, {}), names)
+    old = recorded(folder)
+    changed = [change for part in ("config", "data", "reference", "versions") for change in _changes(part, old, new)]
     if changed and not config.resume_changed:
         raise UserError(f"resume: not the run that {folder} holds: {'; '.join(changed)} (--resume_changed goes on)")
+
+
+def _changes(part: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs in a part of two descriptions of runs, of what makes a difference."""
+    if part not in old:
+        return []
+    names = [name for name in new.get(part, {}) if name not in FREE_TO_CHANGE]
+    names = [name for name in names if (name, new[part][name]) != ("micro_batch_tokens", 0)]
+    return run_folder.differences(old[part], new.get(part, {}), names)
 
 
 def open_folder(
@@ -76,6 +80,11 @@ def open_folder(
     if config.resume:
         refuse_changes(config, folder, description)
         if checkpoint.is_finished(accelerator, folder / "final"):
+            if changed := _changes("config", recorded(folder), description):
+                raise UserError(
+                    f"resume_changed: this run is finished with other settings: {'; '.join(changed)}; choose another "
+                    f"output_dir, or delete {folder / 'final'} to go on from the latest checkpoint"
+                )
             accelerator.print(f"this run is finished: {folder / 'final'} is there")
             return None
         source = checkpoint.latest(accelerator, folder / "checkpoints")
