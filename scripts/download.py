@@ -104,8 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.config:
         try:
             settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as e:
+        except (OSError, ValueError, yaml.YAMLError) as e:
             raise UserError(f"--config {args.config}: {' '.join(str(e).split())}") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"--config {args.config}: no keys of train.py in it")
         for key in ("model", "tokenizer"):
             if (name := settings.get(key)) and not is_local(name):
                 words += [f"--{key}", str(fetch_model(name, folder))]

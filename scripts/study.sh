@@ -10,6 +10,9 @@
 #
 # RESULTS names another folder for the results.
 set -euo pipefail
+for name in RESULTS GMT_DATA_DIR; do # setup.sh changes the folder
+    [ -z "${!name:-}" ] || export "$name=$(realpath -m "${!name}")"
+done
 source "$(dirname "$0")/setup.sh"
 export OMP_WAIT_POLICY=passive
 STUDY=${STUDY:-small}

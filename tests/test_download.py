@@ -144,5 +144,9 @@ def test_errors(tmp_path, hub):
         download.main([str(tmp_path)])
     with pytest.raises(UserError, match="unknown task 'gsm'; did you mean gsm8k"):
         download.main([str(tmp_path), "--tasks", "gsm"])
+    for content in (b"", b"a list", b"\xff\xfe"):
+        (tmp_path / "odd.yaml").write_bytes(content)
+        with pytest.raises(UserError, match="odd.yaml: "):
+            download.main([str(tmp_path), "--config", str(tmp_path / "odd.yaml")])
     with pytest.raises(UserError, match="--config no.yaml: "):
         download.main([str(tmp_path), "--config", "no.yaml"])

@@ -41,6 +41,7 @@ def test_no_masks_logged(tmp_path):
     for text, message in (
         ("", "masks.jsonl: no line; log_masks_every"),
         ("{}\n", "line 1: not a line that train.py's"),
+        ('{"step": 1, "tens', "masks.jsonl: no line; log_masks_every"),  # cut
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -141,6 +141,7 @@ def test_the_base_may_be_of_the_hub(tmp_path, folders, monkeypatch):
         (["--base", "WIDER"], r"lm_head.weight is \[259, 48\] in base, \[259, 32\] in tuned"),
         (["--base", "SHALLOW"], "has no tensor model.layers.1.* not the tuned one's base"),
         (["--base", "CUT"], "a safetensors file is damaged"),
+        (["--base", "POINTER"], "damaged: model.safetensors is no safetensors file .a pointer of Git LFS"),
         (["--tuned", "WRAPPED"], "tuned .*WRAPPED: the weights are not those of the model: .*'_orig_mod.'"),
         (["--dry_run", "--exclude", "nothing"], "exclude pattern 'nothing' matches none of the 21"),
     ],
@@ -153,12 +154,24 @@ def test_refusals(tmp_path, folders, more, message):
     save_file(wrapped, tmp_path / "WRAPPED/model.safetensors", {"format": "pt"})
     (tmp_path / "CUT").mkdir()
     (tmp_path / "CUT" / "model.safetensors").write_bytes(b"\x10\x00")
+    (tmp_path / "POINTER").mkdir()
+    (tmp_path / "POINTER" / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
     more = [str(tmp_path / w) if w.isupper() else w for w in more]
     base, tuned = folders
     out = tmp_path / "out"
     with pytest.raises(UserError, match=message):
         merge.main(["drop", "--base", base, "--tuned", tuned, "--output_dir", str(out), "--keep_ratio", "0.3", *more])
     assert not out.exists() and not list(tmp_path.glob(".aside*"))
+
+
+def test_the_working_folder_may_be_the_output(tmp_path, folders, monkeypatch):
+    base, tuned = (str(Path(f).resolve()) for f in folders)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge.main(["drop", "--base", base, "--tuned", tuned, "--output_dir", ".", "--keep_ratio", "0.3"])
+    assert (tmp_path / "here" / "COMPLETED").exists()
 
 
 @pytest.mark.parametrize("which", ["base", "tuned"])
@@ -365,7 +378,7 @@ def test_greedy_is_the_recipe_and_goes_on_where_it_was_cut(tmp_path, shifted, mo
             raise KeyboardInterrupt
         return {"t.p": {"score": score_of(model), "unit": "share"}}
 
-    monkeypatch.setattr(greedy.evaluation, "main", fake)
+    monkeypatch.setattr(greedy.eval_program, "main", fake)
     out = tmp_path / "soup" / "final"
     words = ["greedy", "--models", *models, "--output_dir", str(out), "--tasks", "gsm8k", "--limit=7"]
     with pytest.raises(KeyboardInterrupt):

@@ -151,8 +151,10 @@ def test_bad_folders(tmp_path, runs):
 
 
 def test_as_a_program(runs, tmp_path, capsys):
-    report.main([*map(str, runs), "--out", str(tmp_path / "r.md")])
-    assert (tmp_path / "r.md").read_text() in capsys.readouterr().out
-    assert (tmp_path / "r.md").read_text().startswith("# Scores")
+    out = tmp_path / "a new" / "folder" / "r.md"
+    report.main([*map(str, runs), "--out", str(out)])
+    assert out.read_text() in capsys.readouterr().out and out.read_text().startswith("# Scores")
+    with pytest.raises(UserError, match="r.md/x.csv cannot be written: "):
+        report.main([*map(str, runs), "--csv", str(out / "x.csv")])
     done = python("scripts/report.py", str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("report.py: error: ")

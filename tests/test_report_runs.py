@@ -122,6 +122,21 @@ def test_runs_that_differ_in_the_seed_alone_are_grouped(folders, tmp_path):
     groups = report_runs.group_runs(report_runs.read_runs(folders))
     sizes = {g.name: len(g.runs) for g in groups}
     assert (sizes["none"], sizes["none/eval_tulu"], sizes["again_seed0"]) == (3, 2, 1)
+    # nor is the third of another evaluation the first one's third seed
+    few = report_runs.read_runs([f for f in folders if f != tmp_path / "none_seed2" / "eval"])
+    assert {g.name: len(g.runs) for g in report_runs.group_runs(few)}["none"] == 2
+    folders.append(scored(tmp_path / "none_seed2" / "eval_tulu", 0.1, 0.1))
+    few = report_runs.read_runs([f for f in folders if f != tmp_path / "none_seed2" / "eval"])
+    assert {g.name: len(g.runs) for g in report_runs.group_runs(few)}["none/eval_tulu"] == 3
+
+
+def test_a_model_that_is_scored_beside_a_run_is_not_the_runs(folders, tmp_path):
+    """The base model, or a soup, in a folder of the run gmt."""
+    beside = scored(tmp_path / "gmt_seed0" / "eval_base", 0.1, 0.6, model="someone/other")
+    soup = scored(tmp_path / "gmt_seed0" / "eval_soup", 0.1, 0.6, model=str(tmp_path / "gmt_seed0" / "soup"))
+    runs = report_runs.read_runs([*folders, beside, soup])
+    assert [(run.rule, run.training) for run in runs[-2:]] == [("", None), ("", None)]
+    assert runs[-2].model == "someone/other"
 
 
 def test_dpo_on_models_of_other_seeds_is_grouped_too(tmp_path):
@@ -131,6 +146,14 @@ def test_dpo_on_models_of_other_seeds_is_grouped_too(tmp_path):
         model = str(tmp_path / f"gmt_seed{seed}" / "final")
         training(tmp_path / f"gmt_dpo_seed{seed}", "gmt", seed, 0.2, model=model, objective="dpo", learning_rate=5e-7)
         made += [scored(tmp_path / f"{name}_seed{seed}" / "eval", 0.5, 0.5) for name in ("gmt", "gmt_dpo")]
+    for seed in range(4):  # and plain DPO of another first stage, of more seeds, is no other seed of it
+        training(tmp_path / f"none_seed{seed}", "none", seed)
+        model = str(tmp_path / f"none_seed{seed}" / "final")
+        training(tmp_path / f"none_dpo_seed{seed}", "gmt", seed, 0.2, model=model, objective="dpo", learning_rate=5e-7)
+        made.append(scored(tmp_path / f"none_dpo_seed{seed}" / "eval", 0.5, 0.5))
+    groups = report_runs.group_runs(report_runs.read_runs(made))
+    assert {g.name: len(g.runs) for g in groups} == {"gmt": 2, "gmt_dpo": 2, "none_dpo": 4}
+    made = made[:4]
     runs = report_runs.read_runs(made)
     assert {run.model for run in runs} == {BASE} and {run.rule for run in runs} == {"gmt"}
     assert [g.name for g in report_runs.group_runs(runs)] == ["gmt", "gmt_dpo"]
@@ -219,6 +242,17 @@ def test_what_the_figures_show(folders, tmp_path, drawn):
         ("gmt", [0.2, 0.4], [62, 58]), ("one-off drop", [0.2], [32]),
     ]  # fmt: skip
     assert [c.label for c in levels] == ["base model", "none (SFT)"]
+
+
+def test_a_run_without_a_keep_ratio_that_is_there_twice(folders, tmp_path, drawn):
+    training(tmp_path / "again_seed0", "none", 0)
+    folders.append(scored(tmp_path / "again_seed0" / "eval", 0.45, 0.40))
+    report_curves.draw(report_runs.read_runs(folders), tmp_path, "", [], sweep=True)
+    ((panels, *_),) = drawn["sensitivity_figure"]
+    _, levels, _ = panels["gsm8k: correct"]
+    assert [(c.label, [round(y) for y in c.y]) for c in levels] == [
+        ("base model", [10]), ("none (SFT), none", [52]), ("none (SFT), again_seed0", [45]),
+    ]  # fmt: skip
 
 
 def test_base_models_have_figures_of_their_own(tmp_path, drawn):

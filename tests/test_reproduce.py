@@ -143,7 +143,7 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
     # another number of processes is no other result; another learning rate is
     code, out, err = finish(run("reproduce_math.sh", "--learning_rate", "2e-5", EVAL_ARGS="--limit 7", **words))
     assert code == 2 and "none_seed0/train: error: " in err and "is the result of another command" in err
-    assert "set another OUT, or delete" in err
+    assert "set another OUT, give that command again, or delete both" in err
 
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, "1"), (signal.SIGINT, "1"), (signal.SIGTERM, "2")])
@@ -382,6 +382,12 @@ def test_sweep(run, tmp_path):
         ([], {"OUT": "/proc/version/x"}, "OUT=/proc/version/x: cannot be made or written to"),
         ([], {"RETAINED": "mmlu gsm8k", "TASKS": "gsm8k"}, "RETAINED: gsm8k is one of TASKS already: leave it out"),
         (["--output_dir", "x"], {}, "--output_dir: set OUT instead"),
+        (["--output-dir=x"], {}, "--output-dir: set OUT instead"),
+        (["--model", "x"], {}, "--model: set MODELS, RULES, SEEDS or KEEP_RATIO instead"),
+        (["--learning_rate", "1", "--seed=5"], {}, "--seed: set MODELS, RULES, SEEDS or KEEP_RATIO instead"),
+        ([], {"MODEL": "mistral_7b"}, "MODEL=mistral_7b: the variable is called MODELS"),
+        ([], {"SEED": "1", "MODEL": "x", "MODELS": "mistral_7b"}, "SEED=1: the variable is called SEEDS"),
+        ([], {"REDUCED": "0"}, "REDUCED=0: 1, or not set"),
     ],
 )
 def test_refusals(run, tmp_path, args, variables, message):

@@ -97,6 +97,37 @@ def test_the_real_gsm8k_goes_through_whole(clone):
     print((clone / "log.txt").read_text()[-2000:])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report.py"], "one argument is needed"),
+        (["data.py"], "one argument is needed"),
+        (["report.py", "/no/such"], "/no/such has no scores of base, none, rmt, hft, gmt: bash scripts/quickstart.sh"),
+        (["dpo.py", "/no/such"], "/no/such has no scores of base, none, rmt, hft, gmt: bash scripts/quickstart.sh"),
+    ],
+)
+def test_the_quickstarts_parts_say_what_they_need(words, message):
+    done = python(f"scripts/quickstart/{words[0]}", *words[1:])
+    assert done.returncode == 2 and done.stderr.startswith(f"{words[0]}: error: {message}"), done.stderr
+
+
+@pytest.mark.parametrize(("environment", "own"), [("base", False), ("mine", True), ("", False)])
+def test_condas_base_is_no_environment_of_ones_own(tmp_path, environment, own):
+    """setup.sh with stand-ins for .venv and python."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("echo .venv\n")
+    for path in (tmp_path / ".venv" / "bin" / "python", tmp_path / "bin" / "python"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho {tmp_path}\n")
+        path.chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CONDA_DEFAULT_ENV": environment, "CONDA_PREFIX": "/conda"}
+    done = subprocess.run(["bash", "scripts/setup.sh"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and (".venv" not in done.stdout.splitlines()) == own, done.stdout + done.stderr
+
+
 def test_quickstart_tune_takes_the_best_rate_of_each_rule(tmp_path, monkeypatch, capsys):
     """With stand-ins for training and scoring, whose words are parsed; at the third rate the two skills are best."""
     from common.config import EvalConfig, TrainConfig, parse

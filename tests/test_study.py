@@ -206,6 +206,13 @@ def test_drops_at_another_than_the_chosen_rate_are_left_out(results):
     ]
 
 
+def test_a_study_without_seeds_yet_is_one_line(results):
+    lines = [line for line in (results / "runs.jsonl").read_text().splitlines() if '"seeds"' not in line]
+    (results / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"runs there are none of its seeds: let scripts/study.sh go on first"):
+        study_report.write_report(results, {})
+
+
 def test_the_contrary_is_said(results):
     lines = driver.read_lines(results / "runs.jsonl")
     for x in lines:
@@ -467,7 +474,9 @@ def test_the_real_report_finds_what_is_there_and_nothing_else(real_lines):
             assert verdicts["mbpp"].startswith(told), claim
     assert claims["gmt learns more of the new skill than one-off drop"]["gsm8k"].startswith("**holds**: -0.01")
     sensitive = claims["gmt is insensitive to keep_ratio"]
-    assert sensitive["gsm8k"].startswith("**does not hold**: at most +0.0500 nats from 0.2, at 0.05 and rate 0.0002")
+    assert sensitive["gsm8k"].startswith(
+        "**does not hold** from 0.05 up: at most +0.0500 nats from 0.2, at 0.05 and rate 0.0002"
+    )
     assert sensitive["mbpp"] == "not compared"
     for x in real_lines:
         x["retained"] += 0.1 * (x["rule"] == "gmt_frozen")

@@ -85,6 +85,7 @@ def write(
     Raises:
         UserError: the folder cannot be written.
     """
+    out = out.absolute()
     aside = out.with_name(f".aside_{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -145,4 +146,6 @@ def _header(path: Path) -> dict[str, dict]:
     """The header of a safetensors file: per tensor dtype, shape and the place of its bytes."""
     with open(path, "rb") as f:
         (size,) = struct.unpack("<Q", f.read(8))
+        if size > path.stat().st_size:
+            raise ValueError(f"{path.name} is no safetensors file (a pointer of Git LFS? `git lfs pull` fetches it)")
         return json.loads(f.read(size))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.config import UserError, run_main
 from scripts.peft_benchmark.rows import TOKENS
 from scripts.report.runs import Run, read_metrics, read_runs
-from scripts.report.tables import table
+from scripts.report.tables import make_room, table
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 ACCURACY, FORGETTING = "gsm8k_peft.peft", "text_loss.peft"
@@ -137,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write benchmark.md and benchmark.csv there")
     args = parser.parse_args(argv)
+    if args.out:
+        make_room(args.out / "benchmark.md")
     text, rows = report(read_runs(args.folders))
     print(text)
     if args.out:

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import integrity
+from common.config import UserError, run_main
 from common.templates import ALPACA
 
 OLD_SKILLS, NEW_SKILL = ("add", "subtract", "reverse"), "sort"
@@ -115,7 +116,10 @@ def save_random_model(
     return model
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise UserError("one argument is needed: the folder to write")
+    folder = Path(sys.argv[1])
     (folder / "data").mkdir(parents=True, exist_ok=True)
     train = {s: sample(s, "train", ROWS["base"] // 3, seed=0) for s in OLD_SKILLS}
     train[NEW_SKILL] = sample(NEW_SKILL, "train", ROWS["new"], seed=0)
@@ -140,4 +144,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_main(main, "data.py")

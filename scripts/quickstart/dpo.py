@@ -26,6 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import eval as evaluation
 import train
 from scripts.quickstart.data import ANSWER, NEW_SKILL, THINK, sample, write
+from scripts.quickstart.report import run_in_folder
 
 FRESH = 2_500  # problems that are drawn; those of the fine-tuning are left out of them
 PAIRS = 512  # at most: whole steps
@@ -87,4 +88,4 @@ def main(folder: Path) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_in_folder(main, "dpo.py")

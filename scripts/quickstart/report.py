@@ -7,12 +7,14 @@ prints the table and writes quickstart.md, quickstart.png and quickstart.pdf the
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from common.config import UserError, run_main
 from scripts.report.figures import NAMES, STYLE, save
 
 NEW_SKILL = "sort"
@@ -83,6 +85,20 @@ def figure(folder: Path, results: dict[str, dict]) -> None:
     save(fig, folder / "quickstart")
 
 
+def run_in_folder(main: Callable[[Path], None], program: str) -> None:
+    """Run the main of a program whose one argument is the folder of a finished quickstart."""
+
+    def run() -> None:
+        if len(sys.argv) != 2:
+            raise UserError("one argument is needed: the quickstart's folder, outputs/quickstart")
+        folder = Path(sys.argv[1])
+        if missing := [rule for rule in RULES if not (folder / f"{rule}_eval" / "scores.json").exists()]:
+            raise UserError(f"{folder} has no scores of {', '.join(missing)}: bash scripts/quickstart.sh makes them")
+        main(folder)
+
+    run_main(run, program)
+
+
 def main(folder: Path) -> None:
     test_file = folder / "data" / "test.jsonl"
     results = {rule: accuracies(folder / f"{rule}_eval", test_file) for rule in RULES}
@@ -96,4 +112,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_in_folder(main, "report.py")

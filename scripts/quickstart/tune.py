@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import train
-from scripts.quickstart.report import accuracies
+from scripts.quickstart.report import accuracies, run_in_folder
 
 RATES = ("5e-5", "7e-5", "1e-4", "1.5e-4", "2e-4")
 KEEP_RATIO = {"none": "", "rmt": "0.2", "hft": "", "gmt": "0.2"}
@@ -55,4 +55,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_in_folder(main, "tune.py")

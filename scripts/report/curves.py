@@ -124,8 +124,12 @@ def draw_sweep(groups: list[Group], path: Path) -> None:
             ratios, by = [group.first.keep_ratio for group in line], scale(here, job)
             each = [([r] * len(v), [by * s for s in v]) for r, v in zip(ratios, points, strict=True) if len(v) > 1]
             y, y_error = [m for m, _ in means], [e for _, e in means]
-            curve = Curve(label, line[0].first.rule, ratios, y, y_error=y_error, seeds=each)
-            (without if ratios[0] is None else with_ratio).append(curve)
+            if ratios[0] is not None:
+                with_ratio.append(Curve(label, line[0].first.rule, ratios, y, y_error=y_error, seeds=each))
+                continue
+            names = [label] if len(line) == 1 else [f"{label}, {group.name}" for group in line]
+            for group, name, mean, error in zip(line, names, y, y_error, strict=True):
+                without.append(Curve(name, group.first.rule, [None], [mean], y_error=[error]))
         if with_ratio:
             label = axis("loss" if in_nats(here, job) else "score", here, [job])
             panels[f"{short(job, jobs)}: {first_metric(here[0], job)}"] = (with_ratio, without, label)

@@ -33,7 +33,8 @@ def kept_by_place(path: Path) -> list[dict]:
         UserError: the file holds no line, or no lines of this kind.
     """
     sums: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):  # the last one may have been cut
         try:
             tensors = json.loads(line)["tensors"]
         except (ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class Run:
             return {"run": self.name}
         trained = {k: v for k, v in self.config.items() if k not in FREE_TO_CHANGE and k != "seed"}
         dropped = {f"drop {k}": v for k, v in self.drop.items() if k not in ("seed", "output_dir")}
-        everything = {**trained, **dropped, "model": self.model}
+        start = self.config.get("model", "")  # of a second stage: the model that a first one made
+        everything = {**trained, **dropped, "model": self.model, "from": start if start != self.model else ""}
         return {k: SEED.sub("", v) if isinstance(v, str) else v for k, v in everything.items()}
 
 
@@ -112,12 +114,19 @@ def _rise(base: Run, run: Run, job: str) -> dict[str, float] | None:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Runs of equal settings and different seeds together, in the order of their first ones."""
+    """Runs of equal settings and different seeds together, in the order of their first ones.
+
+    Several of one seed are other evaluations of its model, which the folders' names tell, or repetitions.
+    """
+    settings = [json.dumps(run.settings(), sort_keys=True) for run in runs]
+    seeds = Counter((key, run.seed) for key, run in zip(settings, runs, strict=True))
+    repeated = {key for (key, _), n in seeds.items() if n > 1}
     groups: dict[str, Group] = {}
-    for run in runs:
-        key = json.dumps(run.settings(), sort_keys=True)
+    for run, key in zip(runs, settings, strict=True):
+        if key in repeated:
+            key += SEED.sub("", run.folder.name)
         while key in groups and run.seed in {other.seed for other in groups[key].runs}:
-            key += SEED.sub("", run.folder.name)  # another evaluation of the model, or a repetition: no other seed
+            key += " again"
         groups.setdefault(key, Group("")).runs.append(run)
     found = list(groups.values())
     for group in found:
@@ -172,6 +181,8 @@ def _read(folder: Path, name: str) -> Run:
     drop = next((found for place in near if (found := _json(place / DROP))), {})
     if drop:
         near = [Path(drop["tuned"]), Path(drop["tuned"]).parent]
+    elif models and models[0] and scored.name != "final":  # some other model, scored into a folder beside a run's
+        near = [folder, scored]
     training = next((place for place in near if (place / RUN).exists()), None)
     if not scores and training is None:
         raise UserError(f"{folder}: no scores.json, which eval.py writes, and no {RUN}, which train.py writes")

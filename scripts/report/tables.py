@@ -257,6 +257,18 @@ def published(tasks: set[str]) -> str:
     return "\n".join(out) + "\n"
 
 
+def make_room(path: Path) -> None:
+    """Make the folder of a file that is to be written.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
@@ -284,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
     figures = args.figures or (args.out.parent if args.out and (args.sweep or args.new) else None)
     if (args.sweep or args.new) and figures is None:
         raise UserError("--sweep and --new draw figures: name a folder for them, --figures DIR")
+    for path in filter(None, (args.out, args.csv)):
+        make_room(path)
     runs = read_runs(args.folders)
     for run in runs:
         if not run.scores and not figures and not (run.training / MASKS).exists():
@@ -299,7 +313,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.csv:
             write_csv(runs, args.csv)
     drawn = draw(runs, figures, args.new, args.retained, args.sweep) if figures else []
-    for folder in dict.fromkeys(run.training for run in runs if run.training and (run.training / MASKS).exists()):
+    masks = [run.training for run in runs if run.training and (run.training / MASKS).exists()]
+    for folder in dict.fromkeys(folder for folder in masks if (folder / MASKS).stat().st_size):
         mask_figure(folder, folder / "masks")
         drawn.append(folder / "masks")
     for path in drawn:

@@ -29,6 +29,7 @@ source scripts/reproduce/stages.sh
 
 refuse() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
 
+for name in REDUCED DRY_RUN; do case ${!name:-} in '' | 1) ;; *) refuse "$name=${!name}: 1, or not set" ;; esac; done
 OUT=${OUT:-outputs/$RESULTS}
 RULES=${RULES:-none rmt hft gmt drop} SEEDS=${SEEDS:-0} KEEP_RATIO=${KEEP_RATIO:-0.2}
 DATA_DIR=${DATA_DIR:-} HUB_DIR=${HUB_DIR:-} REDUCED=${REDUCED:-} RETAINED=${RETAINED-}
@@ -53,7 +54,17 @@ for name in DATA_DIR HUB_DIR; do
     [ -z "${!name}" ] || [ -d "${!name}" ] || refuse "$name=${!name}: no such folder"
 done
 mkdir -p "$OUT/logs" 2>/dev/null && [ -w "$OUT" ] || refuse "OUT=$OUT: cannot be made or written to"
-for word; do [ "$word" != --output_dir ] || refuse "--output_dir: set OUT instead"; done
+for word; do
+    case ${word%%=*} in
+        --output[-_]dir) refuse "${word%%=*}: set OUT instead" ;;
+        --model | --rule | --seed | --keep[-_]ratio) # which the folders' names tell, and scoring and drop go by
+            refuse "${word%%=*}: set MODELS, RULES, SEEDS or KEEP_RATIO instead (another model: a file of its own in configs/)" ;;
+    esac
+done
+for name in MODEL RULE SEED; do # what is misspelt would be days of the defaults
+    given=$(declare -p "${name}S" 2>/dev/null) # exported: by the caller
+    [ -z "${!name:-}" ] || [[ $given = "declare -x"* ]] || refuse "$name=${!name}: the variable is called ${name}S"
+done
 
 # --- the hardware, or the reduced world ----------------------------------------------------------------------------------
 if [ -n "$REDUCED" ]; then

@@ -36,7 +36,7 @@ stage() {
     if [ -n "$product" ] && [ -f "$product" ] && [ -f "$OUT/logs/$name.done" ]; then
         if [ "$now" = "$(cat "$OUT/logs/$name.done")" ]; then echo "== $name is there"; return; fi
         echo "$name: error: $(dirname "$product") is the result of another command or of other inputs, see $OUT/logs/$name.done:" \
-            "set another OUT, or delete the one to do it again, the other to keep it" >&2
+            "set another OUT, give that command again, or delete both to do it anew" >&2
         exit 2
     fi
     mkdir -p "$(dirname "$log")"

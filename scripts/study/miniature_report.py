@@ -14,6 +14,7 @@ from statistics import mean
 
 import numpy as np
 
+from common.config import UserError
 from scripts.report.figures import NAMES, STYLE, plt, save
 from scripts.report.stats import holm, interval, paired_test
 from scripts.study.driver import Lines, read_lines
@@ -33,6 +34,10 @@ def write_report(folder: Path, beside: dict[str, dict[str, str]]) -> str:
         beside: the verdicts of another study on the same claims, {claim: {its task: verdict}}.
     """
     lines, about = at_chosen_rates(read_lines(folder / "runs.jsonl")), json.loads((folder / "study.json").read_text())
+    if not any(line["part"] == "seeds" for line in lines):
+        raise UserError(
+            f"{folder}: the {len(lines)} runs there are none of its seeds: let scripts/study.sh go on first"
+        )
     tasks = [task for task in SKILLS if any(line["task"] == task for line in lines)]
     frontier_figure(lines, tasks, folder / "frontier")
     seeds_figure(lines, tasks, folder / "seeds")
