@@ -1,9 +1,11 @@
-"""The measurements of scripts/bench/*.py run, at their smallest: pytest tests/test_bench.py -m slow"""
+"""The measurements of scripts/bench/*.py run, at their smallest: pytest tests/test_bench.py [-m slow]"""
 
 import json
 
 import pytest
 from conftest import python, write_rows
+
+from scripts.bench import eval as bench_eval
 
 SMALL = {
     "mask.py": ("--shape", "64", "96", "--growth", "1000", "100000", "--repeats", "2"),
@@ -18,6 +20,11 @@ def measured(script, out, *more):
     done = python(f"scripts/bench/{script}", *words, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(out.read_text())
+
+
+def test_the_most_there_is_to_gain():
+    """Two batches of two: 10 + 4 steps for 20 tokens, which two places take 10 steps for."""
+    assert bench_eval.most([10, 2, 4, 4], 2) == 14 / 10 and bench_eval.most([5] * 6, 3) == 1
 
 
 @pytest.mark.slow

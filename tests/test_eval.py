@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 from common import config
@@ -225,6 +225,27 @@ def test_scores_of_other_weights_go_also_where_their_overwrite_was_cut(tmp_path,
         evaluation.main([*both, "--overwrite"])
     evaluation.main(args(tmp_path, again))
     assert list(json.loads((tmp_path / "eval" / "scores.json").read_text())) == ["gsm8k.metamath"]
+
+
+def test_the_revision_of_a_hub_model_is_known_before_its_settings_are_told(tmp_path, model_dir, monkeypatch):
+    """Also with a tokenizer from elsewhere: else the cache tells it only once the weights are there."""
+    items_file(tmp_path)
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    def describe(*_):
+        raise Stop
+
+    ask = evaluation.from_pretrained
+    monkeypatch.setattr(
+        evaluation, "from_pretrained", lambda cls, name, *a: asked.append((cls, name)) or ask(cls, str(model_dir), *a)
+    )
+    monkeypatch.setattr(evaluation.settings, "describe", describe)
+    with pytest.raises(Stop):
+        evaluation.main(args(tmp_path, "owner/name", "--tokenizer", str(model_dir)))
+    assert asked == [(AutoTokenizer, str(model_dir)), (AutoConfig, "owner/name")]
 
 
 def raise_interrupt(*_):
