@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import eval as evaluation
 from common import config
 from common.config import UserError
+from common.hub import identity
 from evaluation import generation
 from tasks import TASKS
 from tasks.math import METAMATH_STOP, metamath_prompt
@@ -246,6 +248,17 @@ def test_the_revision_of_a_hub_model_is_known_before_its_settings_are_told(tmp_p
     with pytest.raises(Stop):
         evaluation.main(args(tmp_path, "owner/name", "--tokenizer", str(model_dir)))
     assert asked == [(AutoTokenizer, str(model_dir)), (AutoConfig, "owner/name")]
+
+
+def test_a_card_that_is_just_being_written_is_no_other_model(tmp_path, model_dir):
+    """By another eval.py, of the same model into another folder."""
+    model = shutil.copytree(model_dir, tmp_path / "m")
+    before = identity(str(model))
+    (model / "README.md.aside").touch()
+    (model / "README.md").write_text("scores")
+    assert identity(str(model)) == before
+    (model / "model.safetensors").touch()
+    assert identity(str(model)) != before
 
 
 def raise_interrupt(*_):
