@@ -403,6 +403,7 @@ def test_a_line_of_an_evaluation_is_whole(tmp_path, train_args):
     """Also where it is none of the logged ones: what masking keeps is measured."""
     words = [*RULES["gmt"], "--eval_rows", "5", "--eval_every", "2", "--log_every", "100", "--max_steps", "4"]
     train.main(train_args(tmp_path / "run", *words))
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [2, 4]
     for line in read_metrics(tmp_path / "run"):
         assert line["grad_norm_kept"] < line["grad_norm"] and line["kept_fraction"] < 0.5, line["step"]
 
