@@ -37,7 +37,6 @@ from evaluation.scores import read_lines, write_lines
 from evaluation.task_run import TaskRun, choose_tasks
 from tasks.task import Options
 
-SCORES = "scores.json"
 BATCHES_PER_BLOCK = 4  # a row that has ended gives its place to another row of its block
 
 
@@ -54,14 +53,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     try:
         with run_folder.lock(folder) if accelerator.is_main_process else contextlib.nullcontext():
-            old_scores = run_folder.read_json(folder / SCORES) if (folder / SCORES).exists() else {}
             if not config.score_only:
                 generate_answers(config, folder, runs, accelerator)
             if not accelerator.is_main_process:
                 return {}
+            old_scores = settings.read(folder / settings.SCORES)
             new_scores = {run.name: score_answers(folder, run, options) for run in runs}
-            all_scores = {**settings.still_true(folder, old_scores), **new_scores}
-            run_folder.write_json(folder / SCORES, all_scores)
+            all_scores = {**old_scores, **new_scores}
+            run_folder.write_json(folder / settings.SCORES, all_scores)
             scores.print_table(new_scores)
             if is_local(config.model):
                 of_model = {name: entry for name, entry in all_scores.items() if entry.get("model") == config.model}

@@ -48,7 +48,8 @@ class GMTCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.masker is None:  # only now is the model surely wrapped: FSDP2 replaces its parameters
             self.masker = gmt.Masker(model.named_parameters(), **self.settings)
-            if self.masker.score and all(p.grad is None for p in self.masker.eligible.values()):
+            flat = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+            if self.masker.score and (flat or all(p.grad is None for p in self.masker.eligible.values())):
                 raise ValueError(
                     "no matrix has a gradient here, and nothing would be masked: DeepSpeed and FSDP1 hide them, use "
                     "DDP or FSDP2"

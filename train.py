@@ -35,18 +35,17 @@ from training.schedule import lr_factor, set_learning_rate
 from training.steps import backward, evaluation_loss, gradient, scaler_warms_up, step_batches, zero_gradients
 from training.timing import Timer
 
-# The benchmarks of the paper for each of its training sets, for the last line that a run prints.
-SCORED_BY = {  # eval.py's --tasks for models of a template
+SCORED_BY = {  # eval.py's --tasks for models of a template, for the last line that a run prints
     "metamath": "math",
     "peft_metamath": "gsm8k_peft",
-    "magicoder": "code",
+    "magicoder": "code --prompt_format magicoder",
     "tulu": "general --prompt_format tulu",
     "chat": "TASK --prompt_format chat",
 }
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run one training; returns the last line of metrics.jsonl, or {} where it resumes a finished run.
+    """Run one training; returns the last line of metrics.jsonl: {} where none is written, by a plan or a finished run.
 
     Can be called many times in one process.
     """
@@ -107,7 +106,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     calibrate(config, masker, lambda step: accumulate(model, batches_of(step), objective, accelerator), zero_grad)
     flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="train", disable=not accelerator.is_main_process)
-    last_save, save_is_due, bad_in_a_row, line = time.monotonic(), False, 0, log.last
+    last_save, save_is_due, good, line = time.monotonic(), False, dict(progress), log.last
     signals.listen()
     while (step := progress["step"]) < total_steps:
         evaluated = is_due(step, config.eval_every) or step + 1 == total_steps
@@ -150,7 +149,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         progress["step"] = step + 1
         progress["skipped_steps"] += not finite
         progress["tokens"] += batches.tokens
-        bad_in_a_row = 0 if finite else bad_in_a_row + 1
+        good = dict(progress) if finite else good
         timer.lap("optimizer")
 
         # 5. log, evaluate
@@ -170,16 +169,16 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         if masks_logged and per_tensor:
             log.write_masks({"step": step + 1, "jaccard": stats.get("mask_jaccard"), "tensors": per_tensor})
 
-        # 6. save, but not among bad steps, which may have to be done again; stop where they or a signal ask for it
-        if 0 < config.max_skipped_steps <= bad_in_a_row:
-            resume.stop_at_bad_steps(config, folder, progress, bad_in_a_row, accelerator)
+        # 6. save, as of the last good step: bad ones are done again; stop where they or a signal ask for it
+        if 0 < config.max_skipped_steps <= progress["step"] - good["step"]:
+            resume.stop_at_bad_steps(config, folder, progress, good, accelerator)
         save_is_due |= is_due(step, config.save_every) or time_to_save
         if (save_is_due and finite) or any(received):
-            checkpoint.save(accelerator, folder / "checkpoints", progress, config.keep_checkpoints)
+            checkpoint.save(accelerator, folder / "checkpoints", good, config.keep_checkpoints)
             last_save, save_is_due = time.monotonic(), False
         if any(received):
             bar.close()
-            interrupts.stop(received, f"saved step {step + 1} of {total_steps}; the same command with --resume goes on")
+            interrupts.stop(received, f"saved step {good['step']} of {total_steps}")
     bar.close()
 
     # --- the final model ---------------------------------------------------------------------------------------------

@@ -32,10 +32,12 @@ FREE_TO_CHANGE = {
 MASK_TUNING = "mask_tuning"  # the rule that gmt.py does not know: see training/mask_tuning.py
 OF_MASKS = (  # no meaning for rules without masks
     "keep_ratio", "score", "refresh_every", "masked_weights", "scope", "exclude", "mask_vectors", "clip",
+    "mask_jaccard",
 )  # fmt: skip
 ZEROTH_ORDER = ("mezo", "subzero")  # optimizers without gradients, for which the next keys have no meaning
 OF_GRADIENTS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_checkpointing", "compile", "log_masks_every",
+    "lora_dropout",
 )  # fmt: skip
 OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")  # no meaning without an adapter
 OF_SCHEDULES = {  # keys of some schedules alone
@@ -256,11 +258,8 @@ class TrainConfig:
                 raise UserError(
                     f"{name} has no meaning for rule {self.rule}: leave it out (or use a rule with masks, such as gmt)"
                 )
-        if self.rule == MASK_TUNING and (self.weight_decay or self.mask_jaccard):
-            raise UserError(
-                f"{'weight_decay' if self.weight_decay else 'mask_jaccard'} has no meaning for rule {self.rule}, which "
-                "changes no weight and masks no gradient: leave it out"
-            )
+        if self.rule == MASK_TUNING and self.weight_decay:
+            raise UserError(f"weight_decay has no meaning for rule {self.rule}, which changes no weight: leave it out")
         if self.adapter and self.rule != "none":
             raise UserError(f"adapter {self.adapter} is a baseline without masks, got rule {self.rule}: use rule none")
         zeroth_order = self.optimizer in ZEROTH_ORDER
@@ -271,7 +270,6 @@ class TrainConfig:
         of_others = {
             **dict.fromkeys(OF_GRADIENTS, not zeroth_order),
             "zo_epsilon": zeroth_order,
-            "lora_dropout": not zeroth_order,  # which compares losses, and without dropout
             **dict.fromkeys(("subzero_rank", "subzero_refresh_every"), self.optimizer == "subzero"),
         }
         for name, has_meaning in of_others.items():
@@ -291,8 +289,6 @@ class TrainConfig:
                 "clip after clips what masking leaves of the gradient: it needs a max_grad_norm above 0, "
                 "and masked_weights other than update, under which the moments see the whole gradient"
             )
-        if self.mask_jaccard and not axes.score:
-            raise UserError(f"mask_jaccard compares masks, and rule {self.rule} has none: leave it out")
         if self.mask_jaccard and not self.log_masks_every:
             raise UserError("mask_jaccard needs log_masks_every, the steps between two masks that are compared")
         for tracker in self.trackers:

@@ -14,7 +14,7 @@ from common.config import EvalConfig, UserError
 from common.hub import identity
 from evaluation.task_run import TaskRun
 
-SETTINGS = "settings.json"
+SETTINGS, SCORES = "settings.json", "scores.json"
 OF_THE_MODEL = ("model", "model_files", "tokenizer")  # one for all that a folder holds
 
 
@@ -52,18 +52,9 @@ def describe(
     }
 
 
-def still_true(folder: Path, scores: dict[str, dict]) -> dict[str, dict]:
-    """The entries of scores.json that belong to the answers that the folder is of now.
-
-    An --overwrite changes settings.json at once, and scores.json at its end alone, which it may not reach.
-    """
-    path = folder / SETTINGS
-    known = run_folder.read_json(path) if path.exists() else scores
-    return {
-        name: entry
-        for name, entry in scores.items()
-        if name in known and not run_folder.differences(entry, known[name], list(known[name]))
-    }
+def read(path: Path) -> dict[str, dict]:
+    """The entries of settings.json or scores.json, by run; none where there is no file. Raises UserError on damage."""
+    return run_folder.read_json(path) if path.exists() else {}
 
 
 def digest(value: Any) -> str:
@@ -80,8 +71,7 @@ def record(folder: Path, settings: dict[str, dict], overwrite: bool, accelerator
         UserError: the folder holds answers of other settings, also to other tasks if they are of another model, and
             `overwrite` is not set, which deletes them.
     """
-    path = folder / SETTINGS
-    old = run_folder.read_json(path) if path.exists() else {}
+    old, scores = read(folder / SETTINGS), read(folder / SCORES)
     this_model = next(iter(settings.values()))
     changed = {
         name: "; ".join(differences)
@@ -99,13 +89,15 @@ def record(folder: Path, settings: dict[str, dict], overwrite: bool, accelerator
         raise UserError(f"{folder} holds results of other settings: {listed} (--overwrite deletes them)")
     accelerator.wait_for_everyone()  # all have read what is now written
     if accelerator.is_main_process:
+        if changed and scores:  # first: scores of answers that are gone, or half gone, would pass for the new ones'
+            run_folder.write_json(folder / SCORES, {name: s for name, s in scores.items() if name not in changed})
         for name in changed:
             shutil.rmtree(folder / f"{name}.parts", ignore_errors=True)
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
         for name in settings:
             (folder / f"{name}.parts").mkdir(parents=True, exist_ok=True)
         kept = {name: entry for name, entry in old.items() if name not in changed}
-        run_folder.write_json(path, {**kept, **settings})
+        run_folder.write_json(folder / SETTINGS, {**kept, **settings})
     accelerator.wait_for_everyone()
     done = {name for name in settings if (folder / f"{name}.jsonl").exists()}
     for name in done if accelerator.is_main_process else ():

@@ -11,6 +11,10 @@
 # the benchmark does not shuffle; `--shuffle true` does, in another OUT. Results: OUT/RUN_seedS/{final,eval}, OUT/base,
 # OUT/{report.md,benchmark.md,benchmark.csv}.
 set -euo pipefail
+for name in MODELS RULES; do
+    [ -z "${!name:-}" ] || { echo "$(basename "$0"): error: $name: RUNS and SEEDS say what is run" >&2; exit 2; }
+done
+MISSPELT="RUN:RUNS SEED:SEEDS"
 CONFIG=configs/peft_llama3.2_3b.yaml
 RUNS=${RUNS:-none none_bf16 rmt gmt gmt_frozen mofo shira lora}
 RESULTS=peft_benchmark FAMILY=peft MODELS='' RULES=none PROMPTS='' WITH_DPO='' TASKS=gsm8k_peft RETAINED=text_loss

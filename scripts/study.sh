@@ -11,7 +11,7 @@
 # RESULTS names another folder for the results.
 set -euo pipefail
 for name in RESULTS GMT_DATA_DIR; do # setup.sh changes the folder
-    [ -z "${!name:-}" ] || export "$name=$(realpath -m "${!name}")"
+    [ -z "${!name:-}" ] || { path=$(realpath -m "${!name}"); export "$name=$path"; }
 done
 source "$(dirname "$0")/setup.sh"
 export OMP_WAIT_POLICY=passive
@@ -23,4 +23,4 @@ smollm2*) ;;
 esac
 python scripts/study/run.py --study "$STUDY" --results "$RESULTS" "$@"
 python scripts/report.py "$RESULTS"
-if [ "$RESULTS" = results/smollm2 ]; then python scripts/report.py results; fi # its table of claims has both
+if [ "$(realpath -m "$RESULTS")" = "$PWD/results/smollm2" ]; then python scripts/report.py results; fi # its table of claims has both

@@ -6,6 +6,10 @@
 # Results: OUT/gmt_RATIO_seedS/{final,eval}, OUT/{report.md,sweep.csv,sweep.png}. KEEP_RATIOS and CONFIG apart, variables
 # and arguments are those of scripts/reproduce/reproduce.sh: SEEDS, NPROC, ACCELERATE_CONFIG, OUT, DATA_DIR, TASKS, REDUCED, ...
 set -euo pipefail
+for name in MODELS RULES KEEP_RATIO; do
+    [ -z "${!name:-}" ] || { echo "$(basename "$0"): error: $name: CONFIG, KEEP_RATIOS and SEEDS say what is run" >&2; exit 2; }
+done
+MISSPELT="MODEL:CONFIG SEED:SEEDS"
 CONFIG=${CONFIG:-configs/math_mistral_7b.yaml} KEEP_RATIOS=${KEEP_RATIOS:-0.05 0.1 0.2 0.4 0.6 0.8 1.0}
 [ ! -f "$CONFIG" ] || CONFIG=$(realpath "$CONFIG")
 RESULTS=sweep_$(basename "$CONFIG" .yaml) FAMILY=sweep MODELS='' WITH_DPO=''

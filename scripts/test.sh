@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up everything, then lint and tests. Arguments go to pytest: bash scripts/test.sh -m slow; ... tests/test_gmt.py
 set -euo pipefail
+[ -z "${GMT_DATA_DIR:-}" ] || GMT_DATA_DIR=$(realpath "$GMT_DATA_DIR") # setup.sh changes the folder
 MORE_REQUIREMENTS=requirements-dev.txt source "$(dirname "$0")/setup.sh"
 bash scripts/install_sandbox.sh
 ruff check .

@@ -90,7 +90,13 @@ MBPPPLUS_FILE = ("mbppplus/MbppPlus-v0.2.0.jsonl.gz", ("evalplus/mbppplus", None
 HUB_TESTS = "its test column in place of EvalPlus' inputs and oracles"
 HUMANEVAL_COLUMNS = dict.fromkeys(("task_id", "prompt", "canonical_solution", "entry_point", "test"), str)
 HUMANEVALPLUS_COLUMNS = {name: str for name in HUMANEVAL_COLUMNS if name != "test"}
-EVALPLUS_COLUMNS = ("entry_point", "canonical_solution", "base_input", "plus_input", "atol")
+EVALPLUS_COLUMNS = {
+    "entry_point": str,
+    "canonical_solution": str,
+    "base_input": list,
+    "plus_input": object,
+    "atol": object,
+}
 HUB_MBPPPLUS_COLUMNS = {"code": str, "test_imports": list, "test_list": list, "test": str}
 
 
@@ -138,7 +144,7 @@ def load_humaneval_plus(source: Source) -> list[dict]:
 
 def load_mbpp_plus(source: Source) -> list[dict]:
     """EvalPlus' file, or the Hub's, which has no inputs: then its test column judges, and its asserts for base."""
-    rows = source.rows(*MBPPPLUS_FILE, ("task_id", "prompt"))
+    rows = source.rows(*MBPPPLUS_FILE, {"task_id": object, "prompt": str})
     if "base_input" in rows[0]:
         checked_rows(rows, source.read[0], EVALPLUS_COLUMNS)
         items = [
@@ -194,19 +200,23 @@ def load_mbpp(source: Source) -> list[dict]:
     """The 500 test tasks of plain MBPP; three of its prompt split are the examples before each."""
     rows = source.rows(MBPP_FILE, (MBPP_HUB, "full", "test"), MBPP_COLUMNS)
     shots = [row for row in rows if row["task_id"] in MBPP_SHOTS]  # a local file holds all splits
-    shots = (
-        shots
-        if len(shots) == len(MBPP_SHOTS)
-        else [
-            row
-            for row in source.rows(MBPP_FILE, (MBPP_HUB, "full", "prompt"), MBPP_COLUMNS, items=False)
-            if row["task_id"] in MBPP_SHOTS
-        ]
-    )
+    if len(shots) < len(MBPP_SHOTS):
+        others = source.rows(MBPP_FILE, (MBPP_HUB, "full", "prompt"), MBPP_COLUMNS, items=False)
+        shots = [row for row in others if row["task_id"] in MBPP_SHOTS]
+    if len(shots) != len(MBPP_SHOTS):
+        raise UserError(f"{source.read[-1]}: {len(shots)} of the tasks {MBPP_SHOTS}, the examples before each item")
+    source.checked(shots, check_mbpp)
     before = "".join(f"{mbpp_question(row)}{row['code']}\n[DONE]\n\n" for row in shots)
     items = [{column: row[column] for column in MBPP_COLUMNS} for row in rows if row["task_id"] in MBPP_TEST]
-    source.checked(items, lambda item: called(item["code"], item["test_list"]))
+    source.checked(items, check_mbpp)
     return [{**item, "_shots": before} for item in items]
+
+
+def check_mbpp(item: dict) -> None:
+    """Raise ValueError for a row of MBPP that cannot be asked or judged."""
+    called(item["code"], item["test_list"])
+    if not isinstance(item["test_setup_code"], str):  # mostly empty
+        raise ValueError(f"test_setup_code must be text, got {item['test_setup_code']!r}")
 
 
 def mbpp_question(row: dict) -> str:

@@ -98,7 +98,7 @@ def run(tmp_path, train_args):
         ),
         ({"calibration_steps": 3}, "calibration_steps is for rule grad_square, .* got 3 with rule none"),
         ({"mask_jaccard": "true", "rule": "rmt", "keep_ratio": 0.2}, "mask_jaccard needs log_masks_every"),
-        ({"mask_jaccard": "true", "log_masks_every": 1}, "mask_jaccard compares masks, and rule none has none"),
+        ({"mask_jaccard": "true", "log_masks_every": 1}, "mask_jaccard has no meaning for rule none"),
         (
             {"optimizer": "mezo", "adapter": "lora", "lora_dropout": 0.1},
             "lora_dropout has no meaning for optimizer mezo",

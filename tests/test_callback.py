@@ -123,6 +123,17 @@ def test_an_overflow_is_left_to_the_scaler():
     assert not model.weight.grad.isfinite().all()
 
 
+def test_options_reach_the_masks_and_a_second_training_has_its_own():
+    callback = GMTCallback("gmt", 0.25, exclude=["a.*"])
+    for _ in range(2):
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "ab"})
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        callback.on_train_begin(None, None, None)
+        callback.on_pre_optimizer_step(None, TrainerState(), None, model=model)
+        assert [int(model[name].weight.grad.count_nonzero()) for name in "ab"] == [16, 4]
+
+
 @pytest.mark.parametrize("name", ["DeepSpeed", "FSDP1"])
 def test_where_no_matrix_has_a_gradient_nothing_is_masked_in_silence(name):
     model = torch.nn.Linear(4, 4)  # DeepSpeed has stepped already

@@ -403,6 +403,8 @@ def test_eval_from_the_model_to_the_scores(folder, tmp_path, monkeypatch):
         ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "test_list": []}, "item 1: there are no tests"),
         ("mbpp", {**mbpp_row(11), "test_list": []}, "item 1: there are no tests"),
         ("mbpp", {**mbpp_row(11), "test_list": [5]}, "item 1: its tests must be texts"),
+        ("mbpp", {**mbpp_row(11), "test_setup_code": 5}, "item 1: test_setup_code must be text"),
+        ("mbpp_plus", {**HUB_MBPP_PLUS_ROW, "prompt": 5}, "item 1: column 'prompt' must be text"),
         ("mbpp", {**mbpp_row(11), "code": 5}, "item 1: column 'code' must be text"),
         ("mbpp", {**mbpp_row(11), "task_id": "11"}, "item 1: column 'task_id' must be a whole number"),
         ("humaneval", {**HUMANEVAL_ROW, "prompt": 5}, "item 1: column 'prompt' must be text"),

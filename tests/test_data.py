@@ -392,9 +392,11 @@ def test_fingerprint_sees_tokens_labels_and_order(tmp_path, tokenizer):
     a, b = {"query": "a", "response": "b"}, {"query": "c", "response": "d"}
     prints = [fingerprint(rows) for rows in ([a, b], [b, a], [a], [a, {**b, "query": "c "}])]
     assert len(set(prints)) == 4 and fingerprint([a, b]) == prints[0]
-    # the same tokens, the label mask moved by one
-    moved = fingerprint([{"query": "x", "response": "b"}]), fingerprint([{"query": "x", "response": " b"}])
-    assert moved[0] != moved[1]
+    # the same tokens, other labels
+    rows = sources.load_rows(str(write_rows(tmp_path / "a.jsonl", [a, b])), COLUMNS)
+    usual, all_of_it = (data.tokenise(rows, tokenizer, "metamath", 512, train_on_prompt=on) for on in (False, True))
+    assert usual.rows["input_ids"][:] == all_of_it.rows["input_ids"][:]
+    assert usual.fingerprint() != all_of_it.fingerprint()
 
 
 def test_token_ids_are_checked_against_the_model(tmp_path):

@@ -225,6 +225,7 @@ def test_scores_of_other_weights_go_also_where_their_overwrite_was_cut(tmp_path,
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(evaluation, "score_answers", raise_interrupt)
         evaluation.main([*both, "--overwrite"])
+    assert json.loads((tmp_path / "eval" / "scores.json").read_text()) == {}
     evaluation.main(args(tmp_path, again))
     assert list(json.loads((tmp_path / "eval" / "scores.json").read_text())) == ["gsm8k.metamath"]
 

@@ -122,6 +122,12 @@ def test_runs_that_differ_in_the_seed_alone_are_grouped(folders, tmp_path):
     groups = report_runs.group_runs(report_runs.read_runs(folders))
     sizes = {g.name: len(g.runs) for g in groups}
     assert (sizes["none"], sizes["none/eval_tulu"], sizes["again_seed0"]) == (3, 2, 1)
+    # also where folders have other names
+    other = [tmp_path / "b_eval_tulu", *(tmp_path / f"{name}_eval" for name in "ab")]
+    for folder, seed in zip(other, (1, 0, 1), strict=True):
+        (tmp_path / f"none_seed{seed}" / "final").mkdir(exist_ok=True)
+        scored(folder, 0.5, 0.4, model=str(tmp_path / f"none_seed{seed}" / "final"))
+    assert [len(g.runs) for g in report_runs.group_runs(report_runs.read_runs(other))] == [1, 2]
     # nor is the third of another evaluation the first one's third seed
     few = report_runs.read_runs([f for f in folders if f != tmp_path / "none_seed2" / "eval"])
     assert {g.name: len(g.runs) for g in report_runs.group_runs(few)}["none"] == 2

@@ -144,6 +144,7 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
     code, out, err = finish(run("reproduce_math.sh", "--learning_rate", "2e-5", EVAL_ARGS="--limit 7", **words))
     assert code == 2 and "none_seed0/train: error: " in err and "is the result of another command" in err
     assert "set another OUT, give that command again, or delete both" in err
+    assert "out/mistral_7b/none_seed0 is the result" in err  # with its run.json, not final/ alone
 
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, "1"), (signal.SIGINT, "1"), (signal.SIGTERM, "2")])
@@ -381,10 +382,12 @@ def test_sweep(run, tmp_path):
         ([], {"ACCELERATE_CONFIG": "no.yaml"}, "ACCELERATE_CONFIG=no.yaml: no such file"),
         ([], {"OUT": "/proc/version/x"}, "OUT=/proc/version/x: cannot be made or written to"),
         ([], {"RETAINED": "mmlu gsm8k", "TASKS": "gsm8k"}, "RETAINED: gsm8k is one of TASKS already: leave it out"),
-        (["--output_dir", "x"], {}, "--output_dir: set OUT instead"),
-        (["--output-dir=x"], {}, "--output-dir: set OUT instead"),
-        (["--model", "x"], {}, "--model: set MODELS, RULES, SEEDS or KEEP_RATIO instead"),
-        (["--learning_rate", "1", "--seed=5"], {}, "--seed: set MODELS, RULES, SEEDS or KEEP_RATIO instead"),
+        (["--output_dir", "x"], {}, "--output_dir: this script sets it for each run"),
+        (["--output-dir=x"], {}, "--output-dir: this script sets it for each run"),
+        (["--model", "x"], {}, "--model: this script sets it for each run"),
+        (["--learning_rate", "1", "--seed=5"], {}, "--seed: this script sets it for each run"),
+        ([], {"DPO_ARGS": "--rule none"}, "--rule: this script sets it for each run"),
+        ([], {"EVAL_ARGS": "--limit 5 --model x"}, "EVAL_ARGS: --model: this script sets it for each run"),
         ([], {"MODEL": "mistral_7b"}, "MODEL=mistral_7b: the variable is called MODELS"),
         ([], {"SEED": "1", "MODEL": "x", "MODELS": "mistral_7b"}, "SEED=1: the variable is called SEEDS"),
         ([], {"REDUCED": "0"}, "REDUCED=0: 1, or not set"),
@@ -394,6 +397,21 @@ def test_refusals(run, tmp_path, args, variables, message):
     code, out, err = finish(run("reproduce_math.sh", *args, **variables))
     assert code == 2 and err.startswith(f"reproduce_math.sh: error: {message}") and err.count("\n") == 1 and not out
     assert not calls(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        ("sweep_keep_ratio.sh", {"RULES": "mofo"}, "RULES: CONFIG, KEEP_RATIOS and SEEDS say what is run"),
+        ("sweep_keep_ratio.sh", {"KEEP_RATIO": "0.1"}, "KEEP_RATIO: CONFIG, KEEP_RATIOS and SEEDS say what is run"),
+        ("sweep_keep_ratio.sh", {"MODEL": "x"}, "MODEL=x: the variable is called CONFIG"),
+        ("peft_benchmark.sh", {"RUN": "gmt"}, "RUN=gmt: the variable is called RUNS"),
+        ("peft_benchmark.sh", {"MODELS": "x"}, "MODELS: RUNS and SEEDS say what is run"),
+    ],
+)
+def test_variables_of_other_scripts_are_refused(run, tmp_path, script, variables, message):
+    code, out, err = finish(run(script, **variables))
+    assert code == 2 and err == f"{script}: error: {message}\n" and not out and not calls(tmp_path)
 
 
 def test_mistakes_that_train_py_finds_come_out_before_anything_runs(run, tmp_path):

@@ -16,10 +16,12 @@ import pytest
 import torch
 from conftest import ROOT, make_model, needs_sandbox
 from safetensors.torch import save_file
+from test_losses import slow_loss
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common.config import UserError
+from common.sources import load_rows
 from scripts.quickstart.data import OLD_SKILLS
 from scripts.report import stats
 from scripts.study import data as study_data
@@ -27,6 +29,7 @@ from scripts.study import driver, smollm2, smollm2_report
 from scripts.study import miniature as study
 from scripts.study import miniature_report as study_report
 from scripts.study.bf16 import ByFp32
+from training.data import tokenise
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -595,6 +598,44 @@ def test_the_task_vector_in_numbers(tmp_path):
     found = smollm2.task_vector(tmp_path / "a", tmp_path / "b")
     assert found["moved"] == 0.3 and found["distance"] == pytest.approx(26**0.5, 1e-3)
     assert found["largest_share"] == pytest.approx(25 / 26, 1e-3)
+
+
+def test_losses_are_per_token_of_the_answers(tmp_path, model_dir, rows_file):
+    found = driver.answer_losses(model_dir, {"x": (rows_file, "metamath")}, 512)["x"]
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    examples = tokenise(load_rows(str(rows_file), ("query", "response")), tokenizer, "metamath", 512)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
+    expected = float(slow_loss(model, examples, range(len(examples)))) / examples.trained.sum()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_real_study_trains_on_training_splits_and_measures_on_test_splits(tmp_path):
+    write_data(tmp_path)
+    rows = smollm2.data_rows(smollm2.SIZES["smollm2_tiny"], str(tmp_path))
+    assert [row["query"] for row in rows["train_gsm8k"]] == [f"{i} + 1?" for i in range(9)]
+    assert rows["gold_gsm8k"] and all(row["query"].endswith("+ 2?") for row in rows["gold_gsm8k"])
+    assert [row["instruction"].split(".")[0] for row in rows["train_mbpp"]] == [f"Give {i}" for i in range(601, 606)]
+    assert rows["gold_mbpp"] and all(row["instruction"].startswith("Give 1") for row in rows["gold_mbpp"])
+
+
+@pytest.mark.parametrize(("part", "split"), [("rates", "validation"), ("seeds", "test"), ("keep_ratio", "test")])
+def test_the_miniature_study_chooses_rates_on_validation_problems(part, split, tmp_path, monkeypatch):
+    scored = []
+
+    class Enough(Exception):
+        pass
+
+    def score(*args):
+        scored.append(args)
+        raise Enough
+
+    monkeypatch.setattr(study.train, "main", lambda words: {})
+    monkeypatch.setattr(study, "score", score)
+    (tmp_path / "data").mkdir()
+    run = driver.Run(part, "remainder", "gmt", 1e-3, 0.2, 0)
+    with pytest.raises(Enough):
+        study.make(run, study.SCALES["tiny"], tmp_path)
+    assert split in scored[0] and {"validation": "test", "test": "validation"}[split] not in scored[0]
 
 
 @pytest.mark.slow

@@ -59,6 +59,6 @@ class Signals:
 
 
 def stop(received: list[bool], message: str) -> NoReturn:
-    """Raise Interrupted with the first of SIGNALS that any process has received."""
+    """Raise Interrupted with the first of SIGNALS that any process has received, and how to go on."""
     number = next(s for s, got in zip(SIGNALS, received, strict=True) if got)
-    raise Interrupted(f"{number.name}: {message}", number)
+    raise Interrupted(f"{number.name}: {message}; the same command with --resume goes on", number)

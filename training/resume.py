@@ -80,10 +80,11 @@ def open_folder(
     if config.resume:
         refuse_changes(config, folder, description)
         if checkpoint.is_finished(accelerator, folder / "final"):
-            if changed := _changes("config", recorded(folder), description):
+            parts = "config", "data", "reference"
+            if changed := [change for part in parts for change in _changes(part, recorded(folder), description)]:
                 raise UserError(
                     f"resume_changed: this run is finished with other settings: {'; '.join(changed)}; choose another "
-                    f"output_dir, or delete {folder / 'final'} to go on from the latest checkpoint"
+                    f"output_dir, or delete {folder / 'final'} to go on from the latest checkpoint (or step 0)"
                 )
             accelerator.print(f"this run is finished: {folder / 'final'} is there")
             return None
@@ -115,15 +116,14 @@ def _load(source: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerat
 
 
 def stop_at_bad_steps(
-    config: TrainConfig, folder: Path, progress: dict[str, Any], bad: int, accelerator: Accelerator
+    config: TrainConfig, folder: Path, progress: dict[str, Any], good: dict[str, Any], accelerator: Accelerator
 ) -> NoReturn:
-    """Save the state from before `bad` skipped steps in a row, and end the run with a UserError."""
-    before = {**progress, "step": progress["step"] - bad, "skipped_steps": progress["skipped_steps"] - bad}
+    """Save the state from before a run of skipped steps, with the progress `good`, and end the run with a UserError."""
     saved = "no step was taken before"
-    if before["step"] > before["skipped_steps"]:
-        checkpoint.save(accelerator, folder / "checkpoints", before, config.keep_checkpoints)
-        saved = f"the state from before is {folder / 'checkpoints'}/step_{before['step']:06d}"
+    if good["step"] > good["skipped_steps"]:
+        checkpoint.save(accelerator, folder / "checkpoints", good, config.keep_checkpoints)
+        saved = f"the state from before is {folder / 'checkpoints'}/step_{good['step']:06d}"
     raise UserError(
-        f"{bad} steps in a row had a non-finite gradient, up to step {progress['step']} (max_skipped_steps): {saved}; "
-        f"look at their rows, listed in {folder / run_folder.METRICS}, lower learning_rate, or change mixed_precision"
+        f"{progress['step'] - good['step']} steps in a row had a non-finite gradient, up to step {progress['step']} "
+        f"(max_skipped_steps): {saved}; look at their rows, listed in {folder / run_folder.METRICS}, lower learning_rate, or change mixed_precision"
     )

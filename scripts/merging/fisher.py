@@ -50,7 +50,7 @@ class FisherConfig:
 def main(argv: list[str]) -> None:
     """Write the Fisher-weighted average of config.models. The Fisher information lies on disk beside it meanwhile."""
     config = parse(FisherConfig, argv)
-    out = Path(config.output_dir)
+    out = Path(config.output_dir).absolute()
     folders.check_output(out)
     models, weights = average.open_models(config.models), average.numbers(config.models, config.weights)
     aside = out.with_name(f".fisher_{out.name}")

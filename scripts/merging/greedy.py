@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     """Write the greedy soup of config.models, and print how it came about."""
     own, words = split(argv)
     config = parse(GreedyConfig, own)
-    out = Path(config.output_dir)
+    out = Path(config.output_dir).absolute()
     folders.check_output(out)
     work = Path(config.work_dir or out.with_name(f"{out.name}_greedy"))
     run_folder.check_writable(work)

@@ -17,6 +17,7 @@ from tasks import TASKS
 
 DROP = "drop.json"  # what merge.py drop leaves in a model's folder
 SEED = re.compile(r"[_.-]?seed[_=-]?\d+")  # as part of a path
+EVALUATION = re.compile(r"(eval.*)?$")  # what the name of a folder says of an evaluation: eval_tulu of run1_eval_tulu
 
 
 @dataclass
@@ -124,7 +125,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     groups: dict[str, Group] = {}
     for run, key in zip(runs, settings, strict=True):
         if key in repeated:
-            key += SEED.sub("", run.folder.name)
+            key += EVALUATION.search(run.folder.name)[0]
         while key in groups and run.seed in {other.seed for other in groups[key].runs}:
             key += " again"
         groups.setdefault(key, Group("")).runs.append(run)
@@ -174,15 +175,14 @@ def _read(folder: Path, name: str) -> Run:
     models = list(dict.fromkeys(entry.get("model", "") for entry in scores.values()))
     if len(models) > 1:
         raise UserError(f"{folder}/scores.json holds scores of several models: {', '.join(models)}")
-    scored = Path(models[0]) if models and models[0] else folder
-    # The folders of the layout RUN/{final,eval} first: they move together. Then where the model was when it was scored.
-    near = [folder, folder.parent, folder.parent / "final"] if scores else [folder]
-    near += [scored, scored.parent] if models and models[0] else []
+    scored = Path(models[0]) if models and models[0] else folder.parent / "final"
+    near = [folder]
+    if scores:
+        model = _where_now(folder, scored)
+        near += [model, model.parent] if model.name == "final" else [model]
     drop = next((found for place in near if (found := _json(place / DROP))), {})
     if drop:
         near = [Path(drop["tuned"]), Path(drop["tuned"]).parent]
-    elif models and models[0] and scored.name != "final":  # some other model, scored into a folder beside a run's
-        near = [folder, scored]
     training = next((place for place in near if (place / RUN).exists()), None)
     if not scores and training is None:
         raise UserError(f"{folder}: no scores.json, which eval.py writes, and no {RUN}, which train.py writes")
@@ -192,6 +192,15 @@ def _read(folder: Path, name: str) -> Run:
     rule = "drop" if drop else config.get("rule", "")
     model = _root(config["model"]) if config else drop.get("base", models[0] if models else "")
     return Run(folder, name, scores, training, config, drop, model, rule)
+
+
+def _where_now(folder: Path, scored: Path) -> Path:
+    """Where the model is that was scored into a folder: where it was, or moved with the folder: RUN/{final,eval}."""
+    if scored.exists():
+        return scored
+    if scored.name == "final":
+        return folder.parent / "final"
+    return folder.parent if scored.name == folder.parent.name else scored
 
 
 def _root(model: str, depth: int = 10) -> str:

@@ -267,6 +267,8 @@ def make_room(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"{path} cannot be written: {e.strerror}") from None
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -296,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = args.figures or (args.out.parent if args.out and (args.sweep or args.new) else None)
     if (args.sweep or args.new) and figures is None:
         raise UserError("--sweep and --new draw figures: name a folder for them, --figures DIR")
-    for path in filter(None, (args.out, args.csv)):
+    for path in filter(None, (args.out, args.csv, figures and figures / "loss.png")):
         make_room(path)
     runs = read_runs(args.folders)
     for run in runs:
@@ -314,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
             write_csv(runs, args.csv)
     drawn = draw(runs, figures, args.new, args.retained, args.sweep) if figures else []
     masks = [run.training for run in runs if run.training and (run.training / MASKS).exists()]
-    for folder in dict.fromkeys(folder for folder in masks if (folder / MASKS).stat().st_size):
+    for folder in dict.fromkeys(folder for folder in masks if b"\n" in (folder / MASKS).read_bytes()):
         mask_figure(folder, folder / "masks")
         drawn.append(folder / "masks")
     for path in drawn:

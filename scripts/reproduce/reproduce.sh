@@ -21,7 +21,7 @@
 # fine-tuned models, or empty), WITH_DPO (or empty).
 
 for name in OUT DATA_DIR HUB_DIR; do # setup.sh changes the folder
-    [ -z "${!name:-}" ] || printf -v "$name" '%s' "$(realpath -m "${!name}")"
+    [ -z "${!name:-}" ] || { path=$(realpath -m "${!name}"); printf -v "$name" '%s' "$path"; }
 done
 [ ! -f "${ACCELERATE_CONFIG:-}" ] || ACCELERATE_CONFIG=$(realpath "$ACCELERATE_CONFIG")
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
@@ -54,16 +54,21 @@ for name in DATA_DIR HUB_DIR; do
     [ -z "${!name}" ] || [ -d "${!name}" ] || refuse "$name=${!name}: no such folder"
 done
 mkdir -p "$OUT/logs" 2>/dev/null && [ -w "$OUT" ] || refuse "OUT=$OUT: cannot be made or written to"
-for word; do
+for word in "$@" ${dpo_args[@]+"${dpo_args[@]}"}; do # what folders are named by, and scoring and drop go by
     case ${word%%=*} in
-        --output[-_]dir) refuse "${word%%=*}: set OUT instead" ;;
-        --model | --rule | --seed | --keep[-_]ratio) # which the folders' names tell, and scoring and drop go by
-            refuse "${word%%=*}: set MODELS, RULES, SEEDS or KEEP_RATIO instead (another model: a file of its own in configs/)" ;;
+        --output[-_]dir | --model | --rule | --seed | --keep[-_]ratio)
+            refuse "${word%%=*}: this script sets it for each run, by its variables (another model: a file of its own in configs/)" ;;
     esac
 done
-for name in MODEL RULE SEED; do # what is misspelt would be days of the defaults
-    given=$(declare -p "${name}S" 2>/dev/null) # exported: by the caller
-    [ -z "${!name:-}" ] || [[ $given = "declare -x"* ]] || refuse "$name=${!name}: the variable is called ${name}S"
+for word in ${eval_args[@]+"${eval_args[@]}"}; do
+    case ${word%%=*} in
+        --output[-_]dir | --model | --tasks) refuse "EVAL_ARGS: ${word%%=*}: this script sets it for each run, by its variables" ;;
+    esac
+done
+for pair in ${MISSPELT:-MODEL:MODELS RULE:RULES SEED:SEEDS}; do # else days of the defaults
+    name=${pair%:*} right=${pair#*:}
+    given=$(declare -p "$right" 2>/dev/null) || true # exported: by the caller
+    [ -z "${!name:-}" ] || [[ $given = "declare -x"* ]] || refuse "$name=${!name}: the variable is called $right"
 done
 
 # --- the hardware, or the reduced world ----------------------------------------------------------------------------------

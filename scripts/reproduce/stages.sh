@@ -29,13 +29,15 @@ end_as_signalled() {
 # by this very command from these very inputs. An empty PRODUCT: always. The words of `more` are added, and not compared.
 more=()
 stage() {
-    local name=$1 product=$2 log="$OUT/logs/$1.log" code now words size writer line start=$SECONDS
+    local name=$1 product=$2 log="$OUT/logs/$1.log" code now what words size writer line start=$SECONDS
     shift 2
     [ -z "$stopped" ] || end_as_signalled
     now=$(describe "$(dirname "$product")" "$@")
     if [ -n "$product" ] && [ -f "$product" ] && [ -f "$OUT/logs/$name.done" ]; then
         if [ "$now" = "$(cat "$OUT/logs/$name.done")" ]; then echo "== $name is there"; return; fi
-        echo "$name: error: $(dirname "$product") is the result of another command or of other inputs, see $OUT/logs/$name.done:" \
+        what=$(dirname "$product")
+        case $what in */final) what=$(dirname "$what") ;; esac # a run: with its checkpoints
+        echo "$name: error: $what is the result of another command or of other inputs, see $OUT/logs/$name.done:" \
             "set another OUT, give that command again, or delete both to do it anew" >&2
         exit 2
     fi
