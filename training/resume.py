@@ -125,5 +125,6 @@ def stop_at_bad_steps(
         saved = f"the state from before is {folder / 'checkpoints'}/step_{good['step']:06d}"
     raise UserError(
         f"{progress['step'] - good['step']} steps in a row had a non-finite gradient, up to step {progress['step']} "
-        f"(max_skipped_steps): {saved}; look at their rows, listed in {folder / run_folder.METRICS}, lower learning_rate, or change mixed_precision"
+        f"(max_skipped_steps): {saved}; look at their rows, listed in {folder / run_folder.METRICS}, "
+        f"lower learning_rate, or change mixed_precision"
     )
