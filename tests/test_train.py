@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from worker import exact_norm
 import gmt
 import train
 from common import run_folder, sources, templates
-from common.config import TrainConfig, UserError, parse
+from common.config import Interrupted, TrainConfig, UserError, parse
 from training import checkpoint, data, steps
 from training.loading import load_data
 from training.masking import build_masker, freeze
@@ -411,6 +412,28 @@ def test_bad_steps_apart_are_not_in_a_row(tmp_path, train_args, monkeypatch):
     monkeypatch.setattr(train, "backward", nan_at_even_ones)
     words = ["--micro_batch_tokens", "100000", "--max_skipped_steps", "2", "--max_steps", "7"]
     assert train.main(train_args(tmp_path / "run", *words))["skipped_steps"] == 3
+
+
+def test_a_signal_among_bad_steps_saves_the_last_good_one(tmp_path, train_args, monkeypatch):
+    """Which the resumed run goes on from: the rows of bad steps are trained on after all."""
+    backward, calls = train.backward, []
+
+    def nan_and_a_signal_at_the_third(model, *args):
+        calls.append(1)
+        loss = backward(model, *args)
+        if len(calls) == 3:
+            next(model.parameters()).grad[0, 0] = math.nan
+            signal.raise_signal(signal.SIGUSR1)
+        return loss
+
+    words = ["--micro_batch_tokens", "100000", "--save_every", "2", "--max_steps", "5"]
+    with monkeypatch.context() as m, pytest.raises(Interrupted, match="saved step 2 of 5; the same command with --res"):
+        m.setattr(train, "backward", nan_and_a_signal_at_the_third)
+        train.main(train_args(tmp_path / "run", *words))
+    line = train.main(train_args(tmp_path / "run", *words, "--resume"))
+    whole = train.main(train_args(tmp_path / "whole", *words))
+    assert (line["skipped_steps"], line["tokens"]) == (0, whole["tokens"])
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_a_due_checkpoint_waits_for_a_good_step(tmp_path, train_args, monkeypatch):
