@@ -215,6 +215,7 @@ RUN_BY = {
     "python scripts/get_smollm2.py": "tests/test_get_smollm2.py::test_the_model_is_an_ordinary_folder_and_answers",
     "bash scripts/quickstart_dpo.sh": "tests/test_scripts.py::test_quickstart_is_cut_goes_on_and_is_reused",
     "bash scripts/gsm8k_from_scratch.sh": "tests/test_scripts.py::test_the_real_gsm8k_goes_through_whole",
+    "python scripts/quickstart/gsm8k_to_metamath.py": "scripts/gsm8k_from_scratch.sh",
     "python scripts/quickstart/tune.py": "tests/test_scripts.py::test_quickstart_tune_takes_the_best_rate_of_each_rule",
     "bash scripts/reproduce_math.sh": "tests/test_reproduce.py::test_math_whole_and_cut",
     "bash scripts/reproduce_code.sh": "tests/test_reproduce.py::test_code_whole",

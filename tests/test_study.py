@@ -486,6 +486,16 @@ def test_the_real_report_finds_what_is_there_and_nothing_else(real_lines):
     assert claims_of(real_lines)["gmt, frozen retains more than none (SFT)"]["gsm8k"].startswith("**the contrary holds")
 
 
+def test_the_other_task_is_compared_and_what_the_frontier_adds_is_said(real_lines):
+    lines = [{**x, "other": x["other"] + 0.1 * (x["rule"] == "gmt") + 1e-3 * x["seed"]} for x in real_lines]
+    lines = [{**x, "other": x["other"] + 1e-4 * (x["rule"] == "gmt") * x["seed"]} for x in lines]
+    text = smollm2_report.comparison_table(SIZE, smollm2_report.usable(lines))
+    (row,) = [line for line in text.splitlines() if line.startswith("| GSM8K | gmt minus none (SFT) |")]
+    assert row.split(" | ")[-1].startswith("+0.100") and "fixed before the seeds were run" in text.replace("not ", "")
+    assert "SFT's frontier changes by 0.0" in smollm2_report.level_text("gsm8k", smollm2_report.usable(real_lines))
+    assert smollm2_report.level_text("gsm8k", []) == ""
+
+
 def test_nothing_is_judged_before_all_seeds_of_the_papers_rules_are_there(real_lines):
     early = [x for x in real_lines if (x["rule"], x["seed"]) != ("hft", 4) and x["keep_ratio"] != 0.7]
     claims = claims_of(early)
