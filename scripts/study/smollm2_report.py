@@ -300,8 +300,8 @@ def level_text(task: str, lines: Lines) -> str:
     frontier = [x["retained"] - x["excess"] for x in here]
     return (
         f"\nOn {TASKS[task]}, SFT's frontier changes by {max(frontier) - min(frontier):.4f} nats where the losses of "
-        "these seeds lie (one-off drop's apart): the less it changes, the less the comparison at the same new skill says "
-        "that the plain one does not.\n"
+        "these seeds lie (one-off drop's apart): the less it changes, the less the comparison at the same new skill "
+        "says that the plain one does not.\n"
     )
 
 
@@ -379,7 +379,8 @@ def comparison_table(size: Size, lines: Lines) -> str:
         "Differences, seed by seed, with p-values (Holm):\n\n"
         + table(["task", "", *METRICS.values()], rows)
         + "\nOther task: the loss on solutions of the task that is not trained on. That it would be tested was not "
-        "fixed before the seeds were run, and a rule that takes smaller steps changes it less: look at SFT's lower rates.\n"
+        "fixed before the seeds were run, and a rule that takes smaller steps changes it less: look at SFT's lower "
+        "rates.\n"
     )
 
 
