@@ -107,6 +107,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="train", disable=not accelerator.is_main_process)
     last_save, save_is_due, good, line = time.monotonic(), False, dict(progress), log.last
+    saved_step = progress["step"]
     signals.listen()
     while (step := progress["step"]) < total_steps:
         evaluated = is_due(step, config.eval_every) or step + 1 == total_steps
@@ -146,9 +147,8 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         zero_grad()
         if not finite and scaler_warms_up(accelerator, progress):  # it has lowered its scale: the same step again
             continue
-        progress["step"] = step + 1
+        progress["step"], progress["tokens"] = step + 1, progress["tokens"] + batches.tokens
         progress["skipped_steps"] += not finite
-        progress["tokens"] += batches.tokens
         good = dict(progress) if finite else good
         timer.lap("optimizer")
 
@@ -173,9 +173,9 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         if 0 < config.max_skipped_steps <= progress["step"] - good["step"]:
             resume.stop_at_bad_steps(config, folder, progress, good, accelerator)
         save_is_due |= is_due(step, config.save_every) or time_to_save
-        if (save_is_due and finite) or any(received):
+        if (save_is_due and finite) or (any(received) and good["step"] > saved_step):
             checkpoint.save(accelerator, folder / "checkpoints", good, config.keep_checkpoints)
-            last_save, save_is_due = time.monotonic(), False
+            last_save, save_is_due, saved_step = time.monotonic(), False, good["step"]
         if any(received):
             bar.close()
             interrupts.stop(received, f"saved step {good['step']} of {total_steps}")

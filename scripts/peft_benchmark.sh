@@ -11,7 +11,7 @@
 # the benchmark does not shuffle; `--shuffle true` does, in another OUT. Results: OUT/RUN_seedS/{final,eval}, OUT/base,
 # OUT/{report.md,benchmark.md,benchmark.csv}.
 set -euo pipefail
-for name in MODELS RULES; do
+for name in MODELS MODEL RULES RULE; do
     [ -z "${!name:-}" ] || { echo "$(basename "$0"): error: $name: RUNS and SEEDS say what is run" >&2; exit 2; }
 done
 MISSPELT="RUN:RUNS SEED:SEEDS"

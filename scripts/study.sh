@@ -23,4 +23,4 @@ smollm2*) ;;
 esac
 python scripts/study/run.py --study "$STUDY" --results "$RESULTS" "$@"
 python scripts/report.py "$RESULTS"
-if [ "$(realpath -m "$RESULTS")" = "$PWD/results/smollm2" ]; then python scripts/report.py results; fi # its table of claims has both
+if [ "$(realpath -m "$RESULTS")" = "$(realpath -m results/smollm2)" ]; then python scripts/report.py results; fi # its table of claims has both

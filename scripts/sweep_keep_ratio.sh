@@ -6,7 +6,7 @@
 # Results: OUT/gmt_RATIO_seedS/{final,eval}, OUT/{report.md,sweep.csv,sweep.png}. KEEP_RATIOS and CONFIG apart, variables
 # and arguments are those of scripts/reproduce/reproduce.sh: SEEDS, NPROC, ACCELERATE_CONFIG, OUT, DATA_DIR, TASKS, REDUCED, ...
 set -euo pipefail
-for name in MODELS RULES KEEP_RATIO; do
+for name in MODELS RULES RULE KEEP_RATIO; do
     [ -z "${!name:-}" ] || { echo "$(basename "$0"): error: $name: CONFIG, KEEP_RATIOS and SEEDS say what is run" >&2; exit 2; }
 done
 MISSPELT="MODEL:CONFIG SEED:SEEDS"

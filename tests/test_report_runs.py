@@ -136,6 +136,18 @@ def test_runs_that_differ_in_the_seed_alone_are_grouped(folders, tmp_path):
     assert {g.name: len(g.runs) for g in report_runs.group_runs(few)}["none/eval_tulu"] == 3
 
 
+def test_a_copy_of_a_run_and_one_whose_model_is_gone(tmp_path):
+    """With scores of relative paths: those of the copy are its own run's, not those of a run that lies where it was."""
+    for place, rule in (("here", "none"), ("there", "gmt")):
+        training(tmp_path / place / "run", rule, 0, 0.2)
+        scored(tmp_path / place / "run" / "eval", 0.5, 0.5, model=str(tmp_path / "here" / "run" / "final"))
+    (tmp_path / "here" / "run" / "final").mkdir()
+    runs = report_runs.read_runs([tmp_path / place / "run" / "eval" for place in ("here", "there")])
+    assert [run.rule for run in runs] == ["none", "gmt"]
+    scored(tmp_path / "there" / "run_eval", 0.5, 0.5, model=str(tmp_path / "there" / "run" / "final"))
+    assert [run.rule for run in report_runs.read_runs([tmp_path / "there" / "run_eval"])] == ["gmt"]
+
+
 def test_a_model_that_is_scored_beside_a_run_is_not_the_runs(folders, tmp_path):
     """The base model, or a soup, in a folder of the run gmt."""
     beside = scored(tmp_path / "gmt_seed0" / "eval_base", 0.1, 0.6, model="someone/other")

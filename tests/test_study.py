@@ -491,8 +491,12 @@ def test_the_other_task_is_compared_and_what_the_frontier_adds_is_said(real_line
     lines = [{**x, "other": x["other"] + 1e-4 * (x["rule"] == "gmt") * x["seed"]} for x in lines]
     text = smollm2_report.comparison_table(SIZE, smollm2_report.usable(lines))
     (row,) = [line for line in text.splitlines() if line.startswith("| GSM8K | gmt minus none (SFT) |")]
-    assert row.split(" | ")[-1].startswith("+0.100") and "fixed before the seeds were run" in text.replace("not ", "")
-    assert "SFT's frontier changes by 0.0" in smollm2_report.level_text("gsm8k", smollm2_report.usable(real_lines))
+    assert row.split(" | ")[-1].startswith("+0.100") and "not fixed before the seeds were run" in text
+    seed = {"part": "seeds", "task": "gsm8k", "learning_rate": 1e-4, "keep_ratio": 0.2, "seed": 0}
+    frontier = [{**seed, "rule": r, "retained": 1 + e, "excess": e - f} for r, e, f in (
+        ("gmt", 0.1, 0.0), ("none", 0.2, 0.0123), ("drop", 0.3, 0.5), ("gmt", 0.0, 0.005),
+    )]  # fmt: skip
+    assert "SFT's frontier changes by 0.0123 nats" in smollm2_report.level_text("gsm8k", frontier)
     assert smollm2_report.level_text("gsm8k", []) == ""
 
 

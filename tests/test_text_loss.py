@@ -77,7 +77,9 @@ def test_the_report_shows_the_rise_in_nats(tmp_path, model_dir):
     run = tmp_path / "run"
     (run / "eval").mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"config": {"rule": "gmt", "keep_ratio": 0.2, "model": "m", "seed": 0}}))
-    (run / "eval/scores.json").write_bytes((folders[1] / "scores.json").read_bytes())
+    scores = json.loads((folders[1] / "scores.json").read_text())
+    scores["text_loss.peft"]["model"] = str(run / "final")
+    (run / "eval/scores.json").write_text(json.dumps(scores))
     (run / "eval/text_loss.peft.jsonl").write_bytes((folders[1] / "text_loss.peft.jsonl").read_bytes())
     text = tables.report(report_runs.read_runs([run / "eval", folders[0]]))
     assert f"| {tuned:.4f} ± " in text  # the base model of this run is another one

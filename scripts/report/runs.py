@@ -17,7 +17,9 @@ from tasks import TASKS
 
 DROP = "drop.json"  # what merge.py drop leaves in a model's folder
 SEED = re.compile(r"[_.-]?seed[_=-]?\d+")  # as part of a path
-EVALUATION = re.compile(r"(eval.*)?$")  # what the name of a folder says of an evaluation: eval_tulu of run1_eval_tulu
+EVALUATION = re.compile(
+    r"((?<![a-z])eval.*)?$"
+)  # what the name of a folder says of an evaluation: eval_tulu of run1_eval_tulu
 
 
 @dataclass
@@ -125,7 +127,8 @@ def group_runs(runs: list[Run]) -> list[Group]:
     groups: dict[str, Group] = {}
     for run, key in zip(runs, settings, strict=True):
         if key in repeated:
-            key += EVALUATION.search(run.folder.name)[0]
+            name = SEED.sub("", run.folder.name)
+            key += name if run.training == run.folder.parent else EVALUATION.search(name)[0]
         while key in groups and run.seed in {other.seed for other in groups[key].runs}:
             key += " again"
         groups.setdefault(key, Group("")).runs.append(run)
@@ -195,11 +198,18 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _where_now(folder: Path, scored: Path) -> Path:
-    """Where the model is that was scored into a folder: where it was, or moved with the folder: RUN/{final,eval}."""
-    if scored.exists():
+    """Where the model is that was scored into a folder: where it was, or beside the folder.
+
+    Beside it in the layout RUN/{final,eval}, which is moved and copied as a whole.
+    """
+    beside = folder.parent / "final"
+    same_run = scored.name == "final" and scored.parent.name == folder.parent.name
+    if same_run and ((folder.parent / RUN).exists() or (beside / DROP).exists()):
+        return beside
+    if scored.exists() or (scored.parent / RUN).exists():
         return scored
     if scored.name == "final":
-        return folder.parent / "final"
+        return beside
     return folder.parent if scored.name == folder.parent.name else scored
 
 

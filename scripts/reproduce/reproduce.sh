@@ -54,16 +54,15 @@ for name in DATA_DIR HUB_DIR; do
     [ -z "${!name}" ] || [ -d "${!name}" ] || refuse "$name=${!name}: no such folder"
 done
 mkdir -p "$OUT/logs" 2>/dev/null && [ -w "$OUT" ] || refuse "OUT=$OUT: cannot be made or written to"
-for word in "$@" ${dpo_args[@]+"${dpo_args[@]}"}; do # what folders are named by, and scoring and drop go by
-    case ${word%%=*} in
-        --output[-_]dir | --model | --rule | --seed | --keep[-_]ratio)
-            refuse "${word%%=*}: this script sets it for each run, by its variables (another model: a file of its own in configs/)" ;;
-    esac
+ours="this script sets it for each run, by its variables (another model: a file of its own in configs/)"
+for word; do # what folders are named by, and scoring and drop go by
+    case ${word%%=*} in --output[-_]dir | --model | --rule | --seed | --keep[-_]ratio) refuse "${word%%=*}: $ours" ;; esac
+done
+for word in ${dpo_args[@]+"${dpo_args[@]}"}; do
+    case ${word%%=*} in --output[-_]dir | --model | --rule | --seed) refuse "DPO_ARGS: ${word%%=*}: $ours" ;; esac
 done
 for word in ${eval_args[@]+"${eval_args[@]}"}; do
-    case ${word%%=*} in
-        --output[-_]dir | --model | --tasks) refuse "EVAL_ARGS: ${word%%=*}: this script sets it for each run, by its variables" ;;
-    esac
+    case ${word%%=*} in --output[-_]dir | --model | --tasks) refuse "EVAL_ARGS: ${word%%=*}: $ours" ;; esac
 done
 for pair in ${MISSPELT:-MODEL:MODELS RULE:RULES SEED:SEEDS}; do # else days of the defaults
     name=${pair%:*} right=${pair#*:}
