@@ -427,9 +427,12 @@ def test_a_signal_among_bad_steps_saves_the_last_good_one(tmp_path, train_args, 
         return loss
 
     words = ["--micro_batch_tokens", "100000", "--save_every", "2", "--max_steps", "5"]
+    save, saves = checkpoint.save, []
     with monkeypatch.context() as m, pytest.raises(Interrupted, match="saved step 2 of 5; the same command with --res"):
         m.setattr(train, "backward", nan_and_a_signal_at_the_third)
+        m.setattr(checkpoint, "save", lambda *a: saves.append(a) or save(*a))
         train.main(train_args(tmp_path / "run", *words))
+    assert len(saves) == 1  # what is there is not written again, and never missing meanwhile
     line = train.main(train_args(tmp_path / "run", *words, "--resume"))
     whole = train.main(train_args(tmp_path / "whole", *words))
     assert (line["skipped_steps"], line["tokens"]) == (0, whole["tokens"])
