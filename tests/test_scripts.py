@@ -68,17 +68,16 @@ def test_quickstart_is_cut_goes_on_and_is_reused(clone):
     new, old = (
         [float(cells.split(" | ")[i].split("%")[0]) for n, cells in rows.items() if n != "rule"] for i in (1, 2)
     )
-    # with room for other processors: with one thread, on some, the base learns two of the three old skills
-    assert new[0] < 20 and old[0] > 50 and min(new[1:]) > 50 and min(old[1:]) > 15 and max(old[1:]) < old[0]
+    assert new[0] < 20 and old[0] > 80 and min(new[1:]) > 50 and min(old[1:]) > 20 and max(old[1:]) < 80
     assert (out / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
 
-    # DPO on top of it: the margin grows, and the accuracy does not fall (by more than two standard errors)
+    # DPO on top of it: the margin grows, and the accuracy does not fall
     assert start(clone, "scripts/quickstart_dpo.sh").wait(timeout=600) == 0, (clone / "log.txt").read_text()[-3000:]
     found = re.findall(r"^\| (none|gmt) \| ([\d.| %-]+) \|$", (clone / "log.txt").read_text(), re.MULTILINE)
     assert [rule for rule, _ in found] == ["none", "gmt"]
     for _, cells in found:
         first, last, right, before, after = (float(cell.strip(" %")) for cell in cells.split("|"))
-        assert first == 0 and last > 0.5 and right > 75 and before > 50 and after > before - 4.4, cells
+        assert first == 0 and last > 0.5 and right > 75 and before > 50 and after >= before, cells
 
 
 REAL = os.environ.get("GMT_DATA_DIR", "")

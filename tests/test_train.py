@@ -347,18 +347,23 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, train_args, what
 # --- non-finite steps ------------------------------------------------------------------------------------------------
 
 
-def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypatch):
-    backward = train.backward
-    calls = []
+def bad_steps(monkeypatch, is_bad) -> list[int]:
+    """Let the backward passes whose numbers `is_bad` says, from 1, give a gradient that is not finite; counts them."""
+    backward, calls = train.backward, []
 
     def sometimes_nan(model, *args):
         calls.append(1)
         loss = backward(model, *args)
-        if len(calls) == 3:
+        if is_bad(len(calls)):
             next(model.parameters()).grad[0, 0] = math.nan
         return loss
 
     monkeypatch.setattr(train, "backward", sometimes_nan)
+    return calls
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypatch):
+    bad_steps(monkeypatch, lambda n: n == 3)
     # the skipped step is in the log although it is not one of the logged ones
     train.main(train_args(tmp_path / "run", *RULES["gmt"], "--micro_batch_tokens", "100000", "--log_every", "2"))
     metrics = read_metrics(tmp_path / "run")
@@ -369,18 +374,9 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, train_args, monkeypa
 
 
 def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, train_args, monkeypatch):
-    backward, calls = train.backward, []
-
-    def nan_from_the_fifth(model, *args):
-        calls.append(1)
-        loss = backward(model, *args)
-        if len(calls) >= 5:
-            next(model.parameters()).grad[0, 0] = math.nan
-        return loss
-
     words = [*RULES["gmt"], "--micro_batch_tokens", "100000", "--save_every", "1"]  # one call a step
     with monkeypatch.context() as m:
-        m.setattr(train, "backward", nan_from_the_fifth)
+        calls = bad_steps(m, lambda n: n >= 5)
         with pytest.raises(UserError, match=r"3 steps in a row .* up to step 7 .* before is .*step_000004; look at"):
             train.main(train_args(tmp_path / "run", *words, "--max_skipped_steps", "3"))
         assert [len(m.get("skipped_examples", [])) for m in read_metrics(tmp_path / "run")] == [0] * 4 + [6, 16, 16]
@@ -400,36 +396,17 @@ def test_training_stops_at_bad_steps_with_a_checkpoint_from_before(tmp_path, tra
 
 
 def test_bad_steps_apart_are_not_in_a_row(tmp_path, train_args, monkeypatch):
-    backward, calls = train.backward, []
-
-    def nan_at_even_ones(model, *args):
-        calls.append(1)
-        loss = backward(model, *args)
-        if len(calls) % 2 == 0:
-            next(model.parameters()).grad[0, 0] = math.nan
-        return loss
-
-    monkeypatch.setattr(train, "backward", nan_at_even_ones)
+    bad_steps(monkeypatch, lambda n: n % 2 == 0)
     words = ["--micro_batch_tokens", "100000", "--max_skipped_steps", "2", "--max_steps", "7"]
     assert train.main(train_args(tmp_path / "run", *words))["skipped_steps"] == 3
 
 
 def test_a_signal_among_bad_steps_saves_the_last_good_one(tmp_path, train_args, monkeypatch):
     """Which the resumed run goes on from: the rows of bad steps are trained on after all."""
-    backward, calls = train.backward, []
-
-    def nan_and_a_signal_at_the_third(model, *args):
-        calls.append(1)
-        loss = backward(model, *args)
-        if len(calls) == 3:
-            next(model.parameters()).grad[0, 0] = math.nan
-            signal.raise_signal(signal.SIGUSR1)
-        return loss
-
     words = ["--micro_batch_tokens", "100000", "--save_every", "2", "--max_steps", "5"]
     save, saves = checkpoint.save, []
     with monkeypatch.context() as m, pytest.raises(Interrupted, match="saved step 2 of 5; the same command with --res"):
-        m.setattr(train, "backward", nan_and_a_signal_at_the_third)
+        bad_steps(m, lambda n: n == 3 and signal.raise_signal(signal.SIGUSR1) is None)
         m.setattr(checkpoint, "save", lambda *a: saves.append(a) or save(*a))
         train.main(train_args(tmp_path / "run", *words))
     assert len(saves) == 1  # what is there is not written again, and never missing meanwhile
@@ -440,16 +417,7 @@ def test_a_signal_among_bad_steps_saves_the_last_good_one(tmp_path, train_args, 
 
 
 def test_a_due_checkpoint_waits_for_a_good_step(tmp_path, train_args, monkeypatch):
-    backward, calls = train.backward, []
-
-    def nan_at_the_second(model, *args):
-        calls.append(1)
-        loss = backward(model, *args)
-        if len(calls) == 2:
-            next(model.parameters()).grad[0, 0] = math.nan
-        return loss
-
-    monkeypatch.setattr(train, "backward", nan_at_the_second)
+    bad_steps(monkeypatch, lambda n: n == 2)
     words = ["--micro_batch_tokens", "100000", "--save_every", "2", "--max_steps", "3"]
     train.main(train_args(tmp_path / "run", *words))
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_000003"]
