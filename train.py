@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import gmt
 from common import model_card, run_folder, templates
-from common.config import TrainConfig, UserError, parse, run_main
+from common.config import TrainConfig, parse, run_main
 from common.hub import has_weights, load_weights
 from common.launch import world_size
 from common.templates import TEMPLATES
-from training import backend, checkpoint, checks, interrupts, plan, resume
+from training import backend, checkpoint, checks, interrupts, plan, resume, updates
 from training.data import Examples, describe_example, steps_per_epoch
 from training.loading import load_data, load_trainable_model, on_paper, settle_batches
 from training.masking import build_masker, calibrate, freeze
@@ -106,8 +106,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     calibrate(config, masker, lambda step: accumulate(model, batches_of(step), objective, accelerator), zero_grad)
     flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="train", disable=not accelerator.is_main_process)
-    last_save, save_is_due, good, line = time.monotonic(), False, dict(progress), log.last
-    saved_step = progress["step"]
+    last_save, saved_step, save_is_due, good = time.monotonic(), progress["step"], False, dict(progress)
     signals.listen()
     while (step := progress["step"]) < total_steps:
         evaluated = is_due(step, config.eval_every) or step + 1 == total_steps
@@ -134,6 +133,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         if finite and masker.masked_weights == "momentum":
             stats = masker.mask_gradients(step, optimizer=optimizer.optimizer, **wanted)
             clipping.after_masking()
+        before = updates.copies(masker) if stats and masks_logged and config.mask_update_share else None
         timer.lap("mask")
 
         # 4. the optimizer; a non-finite step is skipped (under fp16 the scaler has to see it, and skips it itself)
@@ -143,6 +143,8 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
             stats = masker.step(optimizer.optimizer, step, after_masking=clipping.after_masking, **wanted)
         elif finite or accelerator.scaler is not None:
             optimizer.step()
+        if before is not None:
+            stats["update_share_masked"] = updates.share_of_masked(before, masker, accelerator)
         norms = clipping.norms(grad_norm, finite and logged)
         zero_grad()
         if not finite and scaler_warms_up(accelerator, progress):  # it has lowered its scale: the same step again
@@ -156,7 +158,6 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{batches.tokens / timer.total():.0f}")
         eval_loss = evaluate(accelerator) if evaluated else None
-        per_tensor = stats.pop("tensors") if stats else None
         if logged or not finite:
             line = {"step": step + 1, "epoch": round((step + 1) / steps_in_epoch, 4), "loss": loss}
             line |= {**dict(zip(objective.metrics, metrics, strict=True)), "eval_loss": eval_loss, "lr": lr}
@@ -166,8 +167,8 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
                 line["skipped_examples"] = batches.ids.tolist()
                 accelerator.print(f"step {step + 1}: the gradient is not finite, the weights stay as they are")
             log.write(line)
-        if masks_logged and per_tensor:
-            log.write_masks({"step": step + 1, "jaccard": stats.get("mask_jaccard"), "tensors": per_tensor})
+        if masks_logged and stats:
+            log.write_masks(step + 1, stats)
 
         # 6. save, as of the last good step: bad ones are done again; stop where they or a signal ask for it
         if 0 < config.max_skipped_steps <= progress["step"] - good["step"]:
@@ -182,12 +183,11 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     bar.close()
 
     # --- the final model ---------------------------------------------------------------------------------------------
-    if progress["skipped_steps"] == total_steps:
-        raise UserError(f"none of the {total_steps} steps had a finite gradient: nothing was trained, nothing is saved")
-    card = model_card.make(config, description, line)
+    resume.refuse_untrained(progress)
+    card = model_card.make(config, description, log.last)
     checkpoint.save_model(accelerator, folder / "final", model, tokenizer, card, adapter)
     accelerator.print(how_to_score(config, folder))
-    return line
+    return log.last
 
 
 # ---------------------------------------------------------------------------------------------------------------------

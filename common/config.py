@@ -26,13 +26,13 @@ TRACKERS = ("tensorboard", "wandb")
 # Keys of train.py that may differ between a run and its resumption: they do not change what is computed.
 FREE_TO_CHANGE = {
     "output_dir", "dry_run", "resume", "resume_changed", "overwrite", "tokenise_processes", "save_every",
-    "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard", "eval_every",
-    "max_skipped_steps", "trackers",
+    "save_every_minutes", "keep_checkpoints", "log_every", "log_masks_every", "mask_jaccard", "mask_update_share",
+    "eval_every", "max_skipped_steps", "trackers",
 }  # fmt: skip
 MASK_TUNING = "mask_tuning"  # the rule that gmt.py does not know: see training/mask_tuning.py
 OF_MASKS = (  # no meaning for rules without masks
     "keep_ratio", "score", "refresh_every", "masked_weights", "scope", "exclude", "mask_vectors", "clip",
-    "mask_jaccard",
+    "mask_jaccard", "mask_update_share",
 )  # fmt: skip
 ZEROTH_ORDER = ("mezo", "subzero")  # optimizers without gradients, for which the next keys have no meaning
 OF_GRADIENTS = (
@@ -238,6 +238,9 @@ class TrainConfig:
     log_every: int = key(1, "steps between lines of metrics.jsonl")
     log_masks_every: int = key(0, "steps between lines of masks.jsonl, what is kept of each tensor; 0: none")
     mask_jaccard: bool = key(False, "log how far the masks overlap with the last logged ones; takes a bit per weight")
+    mask_update_share: bool = key(
+        False, "log the share of the squared update that falls on masked weights; takes a copy of the weights"
+    )
     eval_every: int = key(0, "steps between evaluation losses; 0: at the end only")
     max_skipped_steps: int = key(5, "stop after N steps in a row with a non-finite gradient; 0: never")
     trackers: list[str] = key([], "log to these too, if they are installed: tensorboard, wandb")
@@ -291,6 +294,13 @@ class TrainConfig:
             )
         if self.mask_jaccard and not self.log_masks_every:
             raise UserError("mask_jaccard needs log_masks_every, the steps between two masks that are compared")
+        if self.mask_update_share and not self.log_masks_every:
+            raise UserError("mask_update_share needs log_masks_every, the steps between two that are measured")
+        if self.mask_update_share and axes.masked_weights != "momentum":
+            raise UserError(
+                f"mask_update_share has no meaning with masked_weights {axes.masked_weights}, under which masked "
+                "weights do not move: leave it out"
+            )
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise UserError(f"trackers: unknown word {tracker!r}{nearest(tracker, TRACKERS)}")

@@ -163,7 +163,7 @@ class Log:
     metrics.jsonl always; masks.jsonl, what is kept of each tensor; and Accelerate's trackers, if any are configured.
 
     Attributes:
-        last: the last line of metrics.jsonl up to start_step; {} where there is none, and on the other processes.
+        last: the last line of metrics.jsonl; on the other processes {} at first, then the same.
     """
 
     def __init__(self, folder: Path, start_step: int, accelerator: Accelerator, config: TrainConfig):
@@ -186,15 +186,24 @@ class Log:
                 raise UserError(f"trackers: {' '.join(config.trackers)}: {' '.join(str(e).split())[:300]}") from e
 
     def write(self, line: dict[str, Any]) -> None:
-        """Log the numbers of a step; one that is not finite is written as null, since JSON has no NaN."""
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        """Log the numbers of a step, without those of single tensors.
+
+        One that is not finite is written as null, since JSON has no NaN.
+        """
+        finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
+        line = self.last = {k: finite(v) for k, v in line.items() if k != "tensors"}
         self._append(METRICS, line)
         if self.accelerator.is_main_process and self.accelerator.trackers:
             numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
             self.accelerator.log({**numbers, **{f"seconds/{k}": v for k, v in line["seconds"].items()}}, line["step"])
 
-    def write_masks(self, line: dict[str, Any]) -> None:
-        """Log what is kept of each tensor."""
+    def write_masks(self, step: int, stats: dict[str, Any]) -> None:
+        """Log what is kept of each tensor after so many steps: the statistics of Masker.mask_gradients.
+
+        With what may be in them: update_share_masked, see training/updates.py.
+        """
+        shares = {"update_share_masked": stats["update_share_masked"]} if "update_share_masked" in stats else {}
+        line = {"step": step, "jaccard": stats.get("mask_jaccard"), **shares, "tensors": stats["tensors"]}
         self._append(MASKS, line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:

@@ -99,6 +99,11 @@ def run(tmp_path, train_args):
         ({"calibration_steps": 3}, "calibration_steps is for rule grad_square, .* got 3 with rule none"),
         ({"mask_jaccard": "true", "rule": "rmt", "keep_ratio": 0.2}, "mask_jaccard needs log_masks_every"),
         ({"mask_jaccard": "true", "log_masks_every": 1}, "mask_jaccard has no meaning for rule none"),
+        ({"mask_update_share": "true", "rule": "rmt", "keep_ratio": 0.2}, "mask_update_share needs log_masks_every"),
+        (
+            {"mask_update_share": "true", "rule": "mofo", "keep_ratio": 0.2, "log_masks_every": 1},
+            "mask_update_share has no meaning with masked_weights update, under which masked weights do not move",
+        ),
         (
             {"optimizer": "mezo", "adapter": "lora", "lora_dropout": 0.1},
             "lora_dropout has no meaning for optimizer mezo",

@@ -99,7 +99,7 @@ def test_resume_is_bitwise(tmp_path, train_args, processes):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                (2, "gmt", ["--scope", "model"]),
+                (2, "gmt", ["--scope", "model", "--log_masks_every", "2", "--mask_update_share", "true"]),
                 (3, "grad_square", ["--calibration_steps", "2"]),
                 (4, "rmt", ["--two_machines"]),
             )
@@ -139,6 +139,8 @@ def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, model_d
         kept = [[{n: c["kept"] for n, c in line["tensors"].items()} for line in lines] for lines in masks]
         assert kept[0] == kept[1] and [line["step"] for line in masks[0]] == [2, 4, 6, 8, 10]
         assert [m["jaccard"] for m in masks[0][:2]] == pytest.approx([m["jaccard"] for m in masks[1][:2]])
+        shares = [[m.get("update_share_masked") for m in lines] for lines in masks]
+        assert shares[0] == pytest.approx(shares[1]) and (shares[0][0] is None) == ("--mask_update_share" not in args)
 
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -25,7 +25,7 @@ import gmt
 import train
 from common.config import TrainConfig, UserError, parse
 from common.hub import load_weights
-from training import backend, loading, losses, plan
+from training import backend, loading, losses, plan, updates
 from training.data import Examples, step_examples, steps_per_epoch
 from training.masking import build_masker
 
@@ -101,6 +101,7 @@ LOW_RANK = {"rule": "lift", "refresh_every": 2, "masked_weights": "momentum", "l
 MASKING = {
     "gmt": {"rule": "gmt"},
     "gmt, compared": {"rule": "gmt", "mask_jaccard": True, "log_masks_every": 1},
+    "gmt, update measured": {"rule": "gmt", "mask_update_share": True, "log_masks_every": 1},
     "sift": {"rule": "sift"},
     "gasdu": {"rule": "gasdu", "refresh_every": 2},
     "mofo": {"rule": "mofo"},
@@ -136,7 +137,13 @@ def test_bytes_of_masks_are_those_of_a_step(kind, monkeypatch):
         for step in range(3):
             for p, gradient in zip(model.parameters(), gradients, strict=True):
                 p.grad.copy_(gradient)
-            masker.step(optimizer, step, stats=config.mask_jaccard, jaccard=config.mask_jaccard)
+            if config.mask_update_share:
+                masker.mask_gradients(step)
+                before = updates.copies(masker)
+                optimizer.step()
+                updates.share_of_masked(before, masker, Accelerator(cpu=True))
+            else:
+                masker.step(optimizer, step, stats=config.mask_jaccard, jaccard=config.mask_jaccard)
     held = plan.held_bytes(config, model, masker, 1)
     planned = plan.most_at_once(held | {"weights": 0, "gradients": 0})
     assert abs(planned - live.peak) < 240_000, (planned, live.peak, held)

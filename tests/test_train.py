@@ -686,6 +686,7 @@ SHOWN_BY = {
     "save_every_minutes": "test_keys_of_the_run",
     "log_masks_every": "test_masks_are_logged_per_tensor",
     "mask_jaccard": "test_masks_are_logged_per_tensor",
+    "mask_update_share": "test_updates.py: test_a_run_logs_it",
     "max_skipped_steps": "test_training_stops_at_bad_steps_with_a_checkpoint_from_before",
     "trackers": "test_trackers",
     "resume": "test_resume_is_bitwise",

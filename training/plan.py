@@ -111,9 +111,9 @@ def mask_bytes(config: TrainConfig, masker: gmt.Masker, shards: int) -> dict[str
     """Bytes that masking holds, where it holds any; chunks of a tensor, of some MiB, are not counted.
 
     masks: as bits: those that serve for more than a step, those of this step where its update is taken back, those
-    that the statistics compare. copies: of one tensor at a time, the largest; without those for a choice at the first
-    step alone, when there is no optimizer state yet. calibration: the sums of squares of grad_square, and copies, which
-    are gone before the first step.
+    that the statistics compare. copies: of one tensor at a time, the largest (of all where the update is measured);
+    without those for a choice at the first step alone, when there is no optimizer state yet. calibration: the sums of
+    squares of grad_square, and copies, which are gone before the first step.
     """
     eligible = [p for p in masker.eligible.values() if p.numel() and p.requires_grad]
     if not eligible:
@@ -137,6 +137,8 @@ def mask_bytes(config: TrainConfig, masker: gmt.Masker, shards: int) -> dict[str
         gathered = whole.numel() * size if shards > 1 else 0
         at_selection = 2 * wide * matrix + whole.numel()
         copies = max(copies, gathered + max(at_selection, wide * matrix + 4 * whole.numel()))
+    if config.mask_update_share:  # of all weights, through the optimizer's step
+        copies = max(copies, size * sum(here.values()) + here[largest])
     held = {"masks": sets * sum(-(-n // 8) for n in here.values()), "copies for masking": copies}
     if masker.score == "squared_gradients":  # the new square and the new sum; 16-bit gradients are widened first
         held["calibration"] = wide * sum(here.values()) + (2 * wide + (4 if size == 2 else 0)) * here[largest]

@@ -128,3 +128,11 @@ def stop_at_bad_steps(
         f"(max_skipped_steps): {saved}; look at their rows, listed in {folder / run_folder.METRICS}, "
         f"lower learning_rate, or change mixed_precision"
     )
+
+
+def refuse_untrained(progress: dict[str, Any]) -> None:
+    """Raise UserError at the end of a run none of whose steps had a finite gradient."""
+    if progress["skipped_steps"] == progress["step"]:
+        raise UserError(
+            f"none of the {progress['step']} steps had a finite gradient: nothing was trained, nothing is saved"
+        )
