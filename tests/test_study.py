@@ -277,6 +277,7 @@ def real_line(part, task, rule, rate, seed, new, retained, keep_ratio=0.2):
     if run.keep_ratio is not None and rule != "drop":
         places = [["0", "q_proj", keep_ratio, 0.9, 0.7], ["none", "embed_tokens", keep_ratio, 0.8, 0.3]]
         about["masks"] = {"energy_kept": [0.9, 0.95], "jaccard": [0.3], "places": places}
+        about["masks"]["update_share"] = {"2": 0.0, "3": 0.4} if part == "updates" else {}
     return {**asdict(run), **scores, **about}
 
 
@@ -313,19 +314,20 @@ def dropped(line):
 
 def test_the_runs_of_the_real_study_come_middle_first_and_once():
     runs = smollm2.one_seed_runs(SIZE)
-    assert len(runs) == len(set(runs)) == (9 * 4 + 10 + 2 + 4) + 4 * 4
+    assert len(runs) == len(set(runs)) == (9 * 4 + 10 + 2 + 2 + 4) + 4 * 4
     assert {(run.rule, run.learning_rate) for run in runs[:4]} == {("none", rate) for rate in SIZE.rates}
     assert {run.learning_rate for run in runs[4:12] if run.rule != "lora"} == {2e-4}
     assert {run.rule for run in runs[4:12]} == set(smollm2.ALL) - {"none", "drop"}
     assert [(r.rule, r.learning_rate) for r in runs[12:14]] == [("gmt_clip_after", 2e-4), ("rmt_clip_after", 2e-4)]
-    assert {run.keep_ratio for run in runs[14:19]} == {0.01, 0.05, 0.1, 0.4, 0.7}
+    assert [(r.part, r.rule, r.learning_rate) for r in runs[14:16]] == [("updates", r, 2e-4) for r in ("gmt", "rmt")]
+    assert {run.keep_ratio for run in runs[16:21]} == {0.01, 0.05, 0.1, 0.4, 0.7}
     lora = {run.learning_rate for run in runs if run.rule == "lora"}
     assert lora == {8 * rate for rate in SIZE.rates} and all(r.keep_ratio is None for r in runs if r.rule == "lora")
 
 
 def test_what_the_paper_compares_comes_first(real_lines):
     first, seeds, others, other_seeds = (part(real_lines) for part in smollm2.SmolLM2(SIZE).parts())
-    assert {run.task for run in first + seeds} == {"gsm8k"} and len(first) == 5 * 4 + 10 + 2 + 4
+    assert {run.task for run in first + seeds} == {"gsm8k"} and len(first) == 5 * 4 + 10 + 2 + 2 + 4
     assert {run.rule for run in first if run.part != "clip"} == {"none", "gmt", "rmt", "gmt_frozen", "hft"}
     assert [run.part for run in seeds] == ["seeds"] * 25
     assert set(first) < set(others) and set(seeds) < set(other_seeds)
@@ -584,20 +586,21 @@ def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path
     text = smollm2_report.write_report(tmp_path)  # as in the first minutes
     assert "Before training: not run yet." in text and "rates 0 of 52 runs; keep_ratio 0 of 10" in text
     assert "| gmt learns more of the new skill than none (SFT) | not run yet | not run yet |" in text
-    some = smollm2_report.header(SIZE, real_lines[:15], about, {})
+    some = smollm2_report.header(SIZE, real_lines[:17], about, {})
     assert (
-        "rates 12 of 52 runs; keep_ratio 1 of 10 runs; clip 2 of 2" in some
+        "rates 12 of 52 runs; keep_ratio 1 of 10 runs; clip 2 of 2 runs; updates 2 of 2" in some
         and "wait for the rates of the rules that the pap" in some
     )
     papers = [x for x in real_lines if x["part"] == "clip" or (x["part"] != "seeds" and x["rule"] in smollm2.PAPER)]
-    assert "clip 2 of 2 runs; frontier 4 of 4 runs; seeds 0 of 25 runs" in smollm2_report.header(
+    assert "clip 2 of 2 runs; updates 2 of 2 runs; frontier 4 of 4 runs; seeds 0 of 25 runs" in smollm2_report.header(
         SIZE, papers, about, {}
     )
     (tmp_path / "bases.json").write_text(json.dumps({"gsm8k": 1.3, "mbpp": 1.4, "wikipedia": 2.8, "mmlu": 0.25}))
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in real_lines))
     text = smollm2_report.write_report(tmp_path)
     assert (
-        "clip 2 of 2 runs; frontier 4 of 4 runs; seeds 65 of 65 runs" in text
+        "clip 2 of 2 runs; updates 2 of 2 runs; frontier 4 of 4 runs; seeds 65 of 65 runs" in text
+        and "| gmt | 0.0002 | 92.5 | 0.300 | 20.0 | 50.0 |" in text
         and "GSM8K 1.3000, MBPP 1.4000, Wikipedia 2.8000" in text
     )
     for name in ("frontier", "keep_ratio", "mask_steps", "mask_places"):
@@ -670,14 +673,14 @@ def test_a_tiny_study_of_a_real_model_runs_whole_and_goes_on_from_its_lines(tmp_
     lines = run()
     assert str(tmp_path) not in (results / "study.json").read_text()
     keys = [tuple(x[key] for key in driver.Run.__annotations__) for x in lines]
-    trained = (3 * 2 + 2) + 2 + 2 * 4 + 1  # rates and keep_ratio of gsm8k; mbpp; seeds; clip
+    trained = (3 * 2 + 2) + 2 + 2 * 4 + 1 + 1  # rates and keep_ratio of gsm8k; mbpp; seeds; clip; updates
     assert len(set(keys)) == len(keys) == trained + 2 + 2  # drop beside none of gsm8k, at two rates and two seeds
     assert not list((models / "smollm2_tiny" / "runs").iterdir())  # no weights are left
     assert all(np.isfinite(x["new"]) for x in lines) and all("masks" in x for x in lines if x["rule"] == "gmt")
     shutil.rmtree(models / "smollm2_tiny" / "data")  # as on another machine, with the committed lines alone
     (results / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:-2]))
     assert list(map(timeless, run())) == list(map(timeless, lines))
-    assert "clip 1 of 1 runs; frontier 0 of 0 runs; seeds" in smollm2_report.write_report(results)
+    assert "clip 1 of 1 runs; updates 1 of 1 runs; frontier 0 of 0 runs; seeds" in smollm2_report.write_report(results)
 
 
 def timeless(line):

@@ -12,6 +12,7 @@ beside it. A line of runs.jsonl per scored model, in this order:
                 the middle rates first
     keep_ratio  gmt at the two middle rates, with other keep_ratios
     clip        gmt and rmt at the lower of these rates, clipped by the norm that masking leaves
+    updates     gmt and rmt at this rate again, to see what share of their updates falls on masked weights
     frontier    SFT at further rates, so that what it retains is known at each loss that others reach
     seeds       every rule at its chosen rate, other samples of the data in another order
 
@@ -153,6 +154,7 @@ def one_seed_runs(size: Size) -> list[Run]:
             if task == first and i == 0:
                 clipped = [f"{rule}_clip_after" for rule in rules if f"{rule}_clip_after" in RULES]
                 runs += [run_of("clip", task, rule, rate, TUNING_SEED) for rule in clipped]
+                runs += [run_of("updates", task, rule, rate, TUNING_SEED) for rule in rules if rule in ("gmt", "rmt")]
             if task == first and i < 2:
                 runs += [run_of("keep_ratio", task, "gmt", rate, TUNING_SEED, keep) for keep in size.keep_ratios]
         if task == first:
@@ -311,6 +313,8 @@ def make(run: Run, size: Size, folder: Path) -> Lines:
     words = [*RULES[run.rule]]
     if run.keep_ratio is not None:
         words += ["--keep_ratio", str(run.keep_ratio), "--log_masks_every", "1", "--mask_jaccard", "true"]
+    if run.part == "updates":
+        words += ["--mask_update_share", "true"]
     with logged(folder / "logs" / f"{run.name}.log"), fast_bf16():
         start = time.monotonic()
         train.main([
@@ -341,12 +345,14 @@ def trained(folder: Path) -> dict[str, Any]:
         **{key: digits(fmean(step[key] for step in steps)) for key in ("grad_norm", "grad_norm_kept")},
         "tokens": steps[-1]["tokens"],
     }
-    masks = folder / "masks.jsonl"
+    masks, share = folder / "masks.jsonl", "update_share_masked"
     if masks.exists():
         overlaps = [json.loads(line)["jaccard"] for line in masks.read_text().splitlines()]
         found["masks"] = {
             "energy_kept": [digits(step["energy_kept"]) for step in steps],
             "jaccard": [digits(x) for x in overlaps if x is not None],  # with the mask of the step before
+            # a first step of rate 0 moves nothing, and has none
+            "update_share": {step["step"]: digits(step[share]) for step in steps if step.get(share) is not None},
             "places": [
                 [c["layer"], c["type"], *(digits(c[key]) for key in ("kept", "energy_kept", "share_of_energy_kept"))]
                 for c in kept_by_place(masks)
