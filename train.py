@@ -179,7 +179,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
             last_save, save_is_due, saved_step = time.monotonic(), False, good["step"]
         if any(received):
             bar.close()
-            interrupts.stop(received, f"saved step {good['step']} of {total_steps}")
+            interrupts.stop(received, good["step"], total_steps)
     bar.close()
 
     # --- the final model ---------------------------------------------------------------------------------------------

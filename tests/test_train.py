@@ -416,6 +416,15 @@ def test_a_signal_among_bad_steps_saves_the_last_good_one(tmp_path, train_args, 
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+def test_a_signal_before_the_first_good_step_saves_nothing(tmp_path, train_args, monkeypatch):
+    words = ["--micro_batch_tokens", "100000", "--max_steps", "2"]
+    with monkeypatch.context() as m, pytest.raises(Interrupted, match="nothing is saved, no step was taken; the same"):
+        bad_steps(m, lambda n: n == 1 and signal.raise_signal(signal.SIGUSR1) is None)
+        train.main(train_args(tmp_path / "run", *words))
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+    assert train.main(train_args(tmp_path / "run", *words, "--resume"))["skipped_steps"] == 0
+
+
 def test_a_due_checkpoint_waits_for_a_good_step(tmp_path, train_args, monkeypatch):
     bad_steps(monkeypatch, lambda n: n == 2)
     words = ["--micro_batch_tokens", "100000", "--save_every", "2", "--max_steps", "3"]

@@ -58,7 +58,11 @@ class Signals:
         return total[len(flags) :], save, received
 
 
-def stop(received: list[bool], message: str) -> NoReturn:
-    """Raise Interrupted with the first of SIGNALS that any process has received, and how to go on."""
+def stop(received: list[bool], saved_step: int, total_steps: int) -> NoReturn:
+    """Raise Interrupted with the first of SIGNALS that any process has received, what is saved, and how to go on.
+
+    saved_step is 0 where no step has had a finite gradient: there is nothing to save.
+    """
     number = next(s for s, got in zip(SIGNALS, received, strict=True) if got)
-    raise Interrupted(f"{number.name}: {message}; the same command with --resume goes on", number)
+    saved = f"saved step {saved_step} of {total_steps}" if saved_step else "nothing is saved, no step was taken"
+    raise Interrupted(f"{number.name}: {saved}; the same command with --resume goes on", number)
