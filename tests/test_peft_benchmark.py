@@ -351,21 +351,28 @@ def test_what_is_not_the_benchmark_is_said(folders):
 
 @pytest.mark.slow
 def test_whole(tmp_path):
-    """In the reduced world: the rows, a plan, a training beside a bf16 model, scores, both tables."""
-    done = script(REDUCED="1", RUNS="lora", OUT=str(tmp_path / "out"))
+    """In the reduced world: the rows, a plan, three trainings (LoRA beside a bf16 model), scores, both tables."""
+    runs = ("gmt_frozen", "shira", "lora")
+    done = script(REDUCED="1", RUNS=" ".join(runs), OUT=str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     out = tmp_path / "out"
     assert len((out / "rows.jsonl").read_text().splitlines()) == 12
-    config = json.loads((out / "lora_seed0/run.json").read_text())["config"]
-    assert (config["train_on_prompt"], config["shuffle"], config["template"]) == (True, False, "peft_metamath")
-    scores = json.loads((out / "lora_seed0/eval/scores.json").read_text())
-    assert scores.keys() == {"gsm8k_peft.peft", "text_loss.peft"}
+    text = (out / "benchmark.md").read_text()
+    for run in runs:
+        config = json.loads((out / f"{run}_seed0/run.json").read_text())["config"]
+        assert (config["train_on_prompt"], config["shuffle"], config["template"]) == (True, False, "peft_metamath")
+        scores = json.loads((out / f"{run}_seed0/eval/scores.json").read_text())
+        assert scores.keys() == {"gsm8k_peft.peft", "text_loss.peft"} and f"| **ours/{run}_seed0** | " in text
     assert json.loads((out / "base/eval/scores.json").read_text()).keys() == {"text_loss.peft"}
     base = load_file(next((out / "reduced/models/meta-llama/Llama-3.2-3B").glob("*.safetensors")))
+    for run, kinds, most in (("gmt_frozen", 8, 0.5), ("shira", 2, 0.027)):  # the share of a matrix that has moved
+        tuned = load_file(out / f"{run}_seed0/final/model.safetensors")
+        moved = {n: float((base[n] != w).float().mean()) for n, w in tuned.items() if w.dim() == 2}
+        assert len({n.split(".")[-2] for n in moved if moved[n]}) == kinds, moved
+        assert max(moved.values()) < most, moved
     tuned = load_file(out / "lora_seed0/final/model.safetensors")
     rounded = {n: w.to(tuned[n].dtype) for n, w in base.items() if n in tuned}
     assert {n.split(".")[-2] for n, w in rounded.items() if not torch.equal(w, tuned[n])} <= {"q_proj", "v_proj"}
     assert tuned["model.norm.weight"].dtype == torch.bfloat16
-    text = (out / "benchmark.md").read_text()
     assert text in done.stdout and "| **ours/lora_seed0** | 0.0001 | 0.1 |" in text and "not the benchmark's" in text
     assert (out / "forgetting.png").exists() and "+" in (out / "report.md").read_text()
