@@ -531,5 +531,6 @@ def steps_figure(shown: dict[str, dict], path: Path) -> None:
     axes[0].set(xlabel="optimizer step", ylabel="energy kept (%)", ylim=(0, 102))
     axes[1].set(xlabel="optimizer step", ylabel="overlap with the mask of the step before", ylim=(0, 1.02))
     axes[2].set(xlabel="optimizer step", ylabel="squared update on masked weights (%)", ylim=(0, 102))
+    axes[0].xaxis.get_major_locator().set_params(integer=True)  # the three share it
     axes[0].legend(fontsize=8)
     save(fig, path)
