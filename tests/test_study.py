@@ -331,6 +331,9 @@ def test_what_the_paper_compares_comes_first(real_lines):
     assert {run.rule for run in first if run.part != "clip"} == {"none", "gmt", "rmt", "gmt_frozen", "hft"}
     assert [run.part for run in seeds] == ["seeds"] * 25
     assert set(first) < set(others) and set(seeds) < set(other_seeds)
+    rest = [run for run in other_seeds if run not in seeds]
+    assert [run.task for run in rest] == ["mbpp"] * 20 + ["gsm8k"] * 20
+    assert [run.seed for run in rest] == [seed for seed in range(5) for _ in range(4)] * 2
     assert set(others) == set(smollm2.one_seed_runs(SIZE))
 
 

@@ -17,7 +17,7 @@ beside it. A line of runs.jsonl per scored model, in this order:
     seeds       every rule at its chosen rate, other samples of the data in another order
 
 All but the last of the first task with the rules that the paper compares come first, then their seeds; then the same of
-the other rules and tasks.
+the other rules and tasks, of which the seeds of the paper's rules come first.
 
 Fixed before the part seeds was run:
 
@@ -213,7 +213,8 @@ class SmolLM2:
             return one_seed_runs(self.size)
 
         def other_seeds(lines: Lines) -> list[Run]:
-            return seed_runs(self.size, lines)
+            # rules that are compared with each other, together: a comparison waits for all of its seeds
+            return sorted(seed_runs(self.size, lines), key=lambda run: run.rule not in PAPER)
 
         return rates, seeds, other_rates, other_seeds
 
