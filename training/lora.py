@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 from common.config import TrainConfig, UserError, nearest, user_errors
@@ -76,7 +75,4 @@ def merge(adapter: Any) -> None:
 
     Under FSDP2 each process does so with its shards, and every process has to make the call.
     """
-    for module in adapter.modules():
-        if isinstance(module, FSDPModule):  # after an evaluation it may still hold weights whole, as copies
-            module.reshard()
     adapter.merge_and_unload()

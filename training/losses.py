@@ -81,7 +81,7 @@ def attach_loss(model: nn.Module, chunk: int) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout and gradients; afterwards it is as it was before training."""
+    """The model without dropout and gradients; afterwards it is back in training mode, with its weights in shards."""
     model.eval()
     with torch.no_grad():
         yield

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
 import gmt
@@ -83,9 +82,6 @@ def fold(model: nn.Module, log: Callable[[str], object] = lambda text: None) -> 
 
     Afterwards the model is an ordinary one. Under FSDP2 every process has to make the call.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # after an evaluation it may still hold weights whole, as copies
-            module.reshard()
     if not (counts := count(model)):
         return
     for module in [m for m in model.modules() if parametrize.is_parametrized(m)]:

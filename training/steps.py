@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.config import ZEROTH_ORDER, TrainConfig
 from training import backend, plan
 from training.data import Examples, collate, step_examples
+from training.losses import evaluating
 from training.objectives import Objective
 
 
@@ -161,7 +162,6 @@ def scaler_warms_up(accelerator: Accelerator, progress: dict[str, Any]) -> bool:
     return accelerator.scaler is not None and before_the_first and accelerator.scaler.get_scale() >= 1
 
 
-@torch.no_grad()
 def evaluation_loss(
     config: TrainConfig,
     model: nn.Module,
@@ -176,9 +176,9 @@ def evaluation_loss(
     """
     if not len(held_out):
         return None
-    model = accelerator.unwrap_model(model).eval()
+    model = accelerator.unwrap_model(model)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for batch in distribute(config, held_out, np.arange(len(held_out)), packed, accelerator):
-        total += objective(model(**batch.inputs), batch.ids)[0]
-    model.train()
+    with evaluating(model):
+        for batch in distribute(config, held_out, np.arange(len(held_out)), packed, accelerator):
+            total += objective(model(**batch.inputs), batch.ids)[0]
     return accelerator.reduce(total, "sum").item() / objective.count(np.arange(len(held_out)))
