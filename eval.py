@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common import integrity, model_card, run_folder
-from common.config import EvalConfig, UserError, parse, run_main
+from common.config import EvalConfig, parse
+from common.errors import UserError, run_main
 from common.hub import from_pretrained, is_local
 from common.launch import check_launch
 from common.precision import avoid_cudnn_attention, warn_if_slow

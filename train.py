@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import gmt
 from common import model_card, run_folder, templates
-from common.config import TrainConfig, parse, run_main
+from common.config import TrainConfig, parse
+from common.errors import run_main
 from common.hub import has_weights, load_weights
 from common.launch import world_size
 from common.templates import TEMPLATES

@@ -2,7 +2,7 @@
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
-from common.config import UserError
+from common.errors import UserError
 
 # Layers whose state is not keys and values alone: transformers' names, old and new.
 RECURRENT_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "recurrent"}

@@ -4,23 +4,19 @@ Every key is listed here with its meaning. A YAML file is turned into `--key val
 follow them, so that types, precedence (the last word wins) and errors go one way.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import math
-import sys
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from tqdm import tqdm
 
 import gmt
+from common.errors import UserError, nearest, one_line, user_errors
 
 TRACKERS = ("tensorboard", "wandb")
 # Keys of train.py that may differ between a run and its resumption: they do not change what is computed.
@@ -56,43 +52,6 @@ def _meaningless(rule: str) -> list[str]:
     if rule == MASK_TUNING:
         return [name for name in OF_MASKS if name != "exclude"]
     return [] if gmt.masks_entries(rule) else list(OF_MASKS)
-
-
-class UserError(Exception):
-    """Something the user can mend: shown as one line, exit code 2."""
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn the ValueErrors of a library, its complaints about arguments that the user chose, into UserErrors."""
-    try:
-        yield
-    except ValueError as e:
-        raise UserError(str(e)) from e
-
-
-class Interrupted(Exception):
-    """A signal has ended a run that can be resumed: one line, and exit code 128 + the signal's number."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.number = number
-
-
-def run_main(main: typing.Callable[[], Any], program: str) -> NoReturn:
-    """Run a program's main: a UserError becomes one line on standard error and exit code 2, a signal 128 + number."""
-    try:
-        main()
-    except UserError as e:
-        tqdm.write(f"{program}: error: {' '.join(str(e).split())}", sys.stderr)  # on a line of its own, bar or not
-        sys.exit(2)
-    except Interrupted as e:
-        tqdm.write(f"{program}: {e}", sys.stderr)
-        sys.exit(128 + e.number)
-    except KeyboardInterrupt:
-        tqdm.write(f"{program}: interrupted; what it had saved is in its output_dir", sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
 
 
 def key(default: Any = dataclasses.MISSING, help: str = "") -> Any:
@@ -496,13 +455,6 @@ def parse(cls: type, argv: list[str]) -> Any:
     return cls(**result)
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """'; did you mean X?' or, where nothing is near, the known words."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-
-
 def reference(cls: type) -> str:
     """The keys of a configuration as a Markdown table; docs/configuration.md holds this text."""
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
@@ -545,7 +497,7 @@ def _read_yaml(path: str) -> list[tuple[str, list[str], str]]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--config {path}: cannot be read: {e}") from None
     except yaml.YAMLError as e:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(e).split())}") from None
+        raise UserError(f"--config {path}: not valid YAML: {one_line(e)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected lines of `key: value`, got {type(content).__name__}")
     settings = []

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import cached_file
 
 from common import integrity
-from common.config import UserError
+from common.errors import UserError, one_line
 
 CARD = "README.md"  # of a model
 
@@ -34,11 +34,6 @@ _OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mas
 def is_local(source: str) -> bool:
     """Whether a dataset or model is meant as a path: it exists, or could not be the id of a Hub repository."""
     return os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
-
-
-def one_line(e: BaseException, most: int = 300) -> str:
-    """The beginning of an exception's text, or its name where it has none."""
-    return " ".join(str(e).split())[:most] or type(e).__name__
 
 
 def _missing_readers(source: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common.config import UserError
+from common.errors import UserError
 
 COMPLETED = "COMPLETED"
 

@@ -2,7 +2,7 @@
 
 import os
 
-from common.config import UserError
+from common.errors import UserError
 
 # Where Accelerate looks for the number of processes, and what the same launcher sets beside it.
 SIZES = {

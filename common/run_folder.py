@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from common.config import TrainConfig, UserError
+from common.config import TrainConfig
+from common.errors import UserError, one_line
 
 RUN, METRICS, MASKS, REFERENCE = "run.json", "metrics.jsonl", "masks.jsonl", "reference.safetensors"
 LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
@@ -119,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("not a JSON object")
         return content
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: missing or damaged ({' '.join(str(e).split())}); choose another output_dir") from None
+        raise UserError(f"{path}: missing or damaged ({one_line(e)}); choose another output_dir") from None
 
 
 def environment() -> dict[str, Any]:
@@ -183,7 +184,7 @@ class Log:
             try:
                 accelerator.init_trackers("gmt", simple, init_kwargs={"wandb": {"dir": str(folder)}})
             except Exception as e:  # each has errors of its own: no account, no network, ...
-                raise UserError(f"trackers: {' '.join(config.trackers)}: {' '.join(str(e).split())[:300]}") from e
+                raise UserError(f"trackers: {' '.join(config.trackers)}: {one_line(e)}") from e
 
     def write(self, line: dict[str, Any]) -> None:
         """Log the numbers of a step, without those of single tensors.

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
 
-from common.config import UserError
+from common.errors import UserError, one_line
 from common.hub import is_local
 
 MESSAGES = "messages"  # the usual column of conversations
@@ -70,7 +70,7 @@ def _splits_of_folder(source: str, path: Path) -> dict[str, list[Path]]:
     except Exception as e:  # no file at all; a README that cannot be read or names files that are not there
         found = {}
         if any(path.rglob("*")):
-            raise UserError(f"dataset {source}: its files cannot be found: {_one_line(e)}") from None
+            raise UserError(f"dataset {source}: its files cannot be found: {one_line(e)}") from None
     if any(Path(f).name == "state.json" for files in found.values() for f in files):
         saved = _names(sorted(f.parent for f in path.rglob("state.json")), path)
         raise UserError(f"dataset {source}: it holds folders of save_to_disk: name one of them, {saved}")
@@ -88,7 +88,7 @@ def _saved_splits(source: str, path: Path) -> dict[str, list[Path]]:
             names = json.loads((path / "dataset_dict.json").read_text())["splits"]
             return {name: [path / name] for name in names}
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"dataset {source}: dataset_dict.json cannot be read: {_one_line(e)}") from None
+        raise UserError(f"dataset {source}: dataset_dict.json cannot be read: {one_line(e)}") from None
     return {}
 
 
@@ -129,7 +129,7 @@ def read_json_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         line = e.lineno if is_array else number
         raise UserError(f"{path}, line {line}: malformed JSON: {e.msg} at column {e.colno}") from None
     except (RecursionError, ValueError) as e:  # nested too deeply; an integer of thousands of digits
-        reason = "nested too deeply" if isinstance(e, RecursionError) else _one_line(e).partition(";")[0]
+        reason = "nested too deeply" if isinstance(e, RecursionError) else one_line(e).partition(";")[0]
         raise UserError(f"{path}, line {number}: cannot be read: {reason}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path}: not a complete gzip file after line {number}: {e}") from None
@@ -384,7 +384,7 @@ def _from_file(
         cause = e.__cause__ or e
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{path}: cannot be read: {cause}") from None
     except (ValueError, OSError) as e:  # no Parquet file; a cache that cannot be written
-        raise UserError(f"{path}: cannot be read: {_one_line(e)}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(e)}") from None
 
 
 def _hash(text: str) -> str:
@@ -396,7 +396,7 @@ def _from_hub(source: str, split: str, subset: str | None) -> Dataset:
         return load_dataset(source, subset, split=split)
     except Exception as e:  # whatever the network, the Hub or its cache raises
         raise UserError(
-            f"dataset {source}, split {split}: no local path, and neither Hub nor cache gives it: {_one_line(e)} "
+            f"dataset {source}, split {split}: no local path, and neither Hub nor cache gives it: {one_line(e)} "
             f"(to have it offline, where there is a network: hf download --repo-type dataset {source}; name its folder)"
         ) from None
 
@@ -425,7 +425,3 @@ def _check_columns(rows: Dataset, columns: tuple[str, ...], conversations: tuple
 
 def _is_text(kind: Any) -> bool:
     return getattr(kind, "dtype", None) in ("string", "large_string", "null")
-
-
-def _one_line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:300] or type(e).__name__

@@ -17,7 +17,7 @@ import jinja2
 import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 
-from common.config import UserError
+from common.errors import UserError, one_line
 from common.sources import EXTRAS, MESSAGES, check_messages, with_extras
 
 IGNORE = -100  # label of a token that is not trained
@@ -177,7 +177,7 @@ def apply_chat_template(
     except jinja2.TemplateSyntaxError as e:
         raise UserError(f"the tokenizer's chat template does not parse, line {e.lineno}: {e.message}") from None
     except Exception as e:  # Jinja's own, and what the template raises
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        reason = one_line(e)
         raise UserError(f"the tokenizer's chat template refuses the conversation: {reason}") from None
 
 

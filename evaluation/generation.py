@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from common.compatibility import refuse_unscorable
-from common.config import EvalConfig, UserError
+from common.config import EvalConfig
+from common.errors import UserError
 from common.hub import from_pretrained, load_weights
 from evaluation.cache import RoomyCache, places
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from common.config import UserError
+from common.errors import UserError
 from common.templates import encode_prompts
 from evaluation.task_run import TaskRun
 from tasks.task import render

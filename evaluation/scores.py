@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import run_folder
-from common.config import UserError
+from common.errors import UserError
 from tasks.task import Options, Task
 
 

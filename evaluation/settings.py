@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from common import run_folder
-from common.config import EvalConfig, UserError
+from common.config import EvalConfig
+from common.errors import UserError
 from common.hub import identity
 from evaluation.task_run import TaskRun
 

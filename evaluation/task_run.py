@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 import tasks
-from common.config import EvalConfig, UserError, nearest
+from common.config import EvalConfig
+from common.errors import UserError, nearest
 from common.templates import turn_end_ids
 from tasks.source import Source
 from tasks.task import Format, Task

@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.config import UserError
+from common.errors import UserError
 from sandbox import seccomp
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from huggingface_hub import list_repo_files, snapshot_download
 
-from common.config import UserError, nearest, run_main
+from common.errors import UserError, nearest, one_line, run_main
 from common.hub import is_local
 from common.sources import ROW_FILES, split_cap
 
@@ -86,7 +86,7 @@ def _ask(name: str, kind: str, function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     except Exception as e:  # the network, the Hub (gated, unknown), the disk
-        raise UserError(f"{kind} {name} cannot be fetched: {' '.join(str(e).split())[:300]}") from None
+        raise UserError(f"{kind} {name} cannot be fetched: {one_line(e)}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as e:
-            raise UserError(f"--config {args.config}: {' '.join(str(e).split())}") from None
+            raise UserError(f"--config {args.config}: {one_line(e)}") from None
         if not isinstance(settings, dict):
             raise UserError(f"--config {args.config}: no keys of train.py in it")
         for key in ("model", "tokenizer"):

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common import integrity
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from common.hub import from_pretrained
 from common.model_card import CARD
 

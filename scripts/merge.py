@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common.config import UserError, nearest, run_main
+from common.errors import UserError, nearest, run_main
 from common.launch import world_size
 from scripts.merging import average, drop, fisher, greedy
 

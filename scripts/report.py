@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common.config import run_main
+from common.errors import run_main
 from scripts.report.tables import main
 
 if __name__ == "__main__":

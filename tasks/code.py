@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from common.config import UserError
+from common.errors import UserError
 from common.templates import MAGICODER
 from sandbox import run as sandbox
 from sandbox.run import Trial

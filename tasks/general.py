@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from common.config import UserError, nearest
+from common.errors import UserError, nearest
 from tasks.metrics import per_item
 from tasks.source import Source, read_json, read_text
 from tasks.task import Answer, Chat, Format, Options, Task, render

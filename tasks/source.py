@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from common.config import UserError
+from common.errors import UserError, one_line
 from common.sources import read_json_rows
 
 
@@ -194,7 +194,7 @@ def _from_file(path: Path) -> list[dict]:
         try:
             return datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
         except Exception as e:  # pyarrow and datasets raise their own
-            raise UserError(f"{path}: cannot be read: {' '.join(str(e).split())[:300]}") from None
+            raise UserError(f"{path}: cannot be read: {one_line(e)}") from None
     return [row for _, row in read_json_rows(path)]
 
 
@@ -207,6 +207,6 @@ def _from_hub(name: str, subset: str | None, split: str, first: int = 0) -> list
     except Exception as e:  # whatever the network, the Hub or its cache raises
         raise UserError(
             f"dataset {name}, split {split}: no local path, and neither Hub nor cache gives it: "
-            f"{' '.join(str(e).split())[:300]} (to have it offline, where there is a network: hf download --repo-type "
+            f"{one_line(e)} (to have it offline, where there is a network: hf download --repo-type "
             f"dataset {name}; or --data_dir names a folder of local copies)"
         ) from None

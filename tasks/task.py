@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from common.config import UserError
+from common.errors import UserError
 from common.templates import apply_chat_template
 from tasks.source import Source
 

@@ -10,7 +10,7 @@ from conftest import make_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import train
-from common.config import UserError
+from common.errors import UserError
 from common.hub import load_weights
 
 COMMON = {

@@ -20,7 +20,8 @@ from transformers import AutoConfig
 import eval as evaluation
 import train
 from common import run_folder
-from common.config import EvalConfig, TrainConfig, UserError, parse
+from common.config import EvalConfig, TrainConfig, parse
+from common.errors import UserError
 from common.hub import from_pretrained, load_weights
 
 GOOD = '{"query": "q", "response": "r"}\n'
@@ -379,7 +380,7 @@ def test_a_tokenizer_in_sentencepieces_format_alone(model_dir, tmp_path):
         model_type="bpe", minloglevel=2,
     )  # fmt: skip
     load = (
-        "import sys; from transformers import AutoTokenizer; from common.config import run_main; "
+        "import sys; from transformers import AutoTokenizer; from common.errors import run_main; "
         "from common.hub import from_pretrained; "
         f"run_main(lambda: print(from_pretrained(AutoTokenizer, {str(tmp_path / 'model')!r}, 'tokenizer')('9')), 'x')"
     )
@@ -598,13 +599,13 @@ def test_no_space_left_at_a_save(tmp_path, train_args):
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "import train\nfrom common import config\nfrom training import checkpoint\n"
+        "import train\nfrom common import errors\nfrom training import checkpoint\n"
         "save = checkpoint.save\n"
         "def limited(accelerator, folder, progress, keep):\n"
         "    if progress['step'] == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "    save(accelerator, folder, progress, keep)\n"
         "checkpoint.save = limited\n"
-        "config.run_main(lambda: train.main(sys.argv[1:]), 'train.py')\n"
+        "errors.run_main(lambda: train.main(sys.argv[1:]), 'train.py')\n"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     done = python("-c", code, *args)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from common import integrity, run_folder
-from common.config import UserError
+from common.errors import UserError
 from training import checkpoint
 
 

@@ -8,7 +8,8 @@ import yaml
 from conftest import ROOT, write_rows
 
 import train
-from common.config import TrainConfig, UserError, parse
+from common.config import TrainConfig, parse
+from common.errors import UserError
 from scripts.reproduce.reduced import NO_BOS, ROWS, SHAPES, reduced_model, reduced_tokenizer
 from training import plan
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from common import sources, templates
-from common.config import UserError
+from common.errors import UserError
 from training import data
 
 

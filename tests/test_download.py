@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python, write_rows
 
-from common.config import UserError
+from common.errors import UserError
 
 spec = importlib.util.spec_from_file_location("download", ROOT / "scripts" / "download.py")
 download = importlib.util.module_from_spec(spec)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import gmt
 import train
 from common import run_folder, sources, templates
-from common.config import UserError
+from common.errors import UserError
 from training import data, losses, objectives, reference
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 from common import config
-from common.config import UserError
+from common.errors import UserError
 from common.hub import identity
 from evaluation import generation
 from tasks import TASKS

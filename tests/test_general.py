@@ -13,7 +13,7 @@ import pytest
 from conftest import DATA, needs_data, write_rows
 from transformers import AutoTokenizer
 
-from common.config import UserError
+from common.errors import UserError
 from scripts.reproduce import reduced
 from tasks import GROUPS, TASKS
 from tasks.general import (

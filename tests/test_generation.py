@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import eval as evaluation
-from common.config import EvalConfig, UserError
+from common.config import EvalConfig
+from common.errors import UserError
 from evaluation import generation
 from evaluation.cache import RoomyCache, places
 from evaluation.generation import Decoding, Scored

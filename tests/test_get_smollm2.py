@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from common import integrity
-from common.config import UserError
+from common.errors import UserError
 from common.hub import load_weights
 from scripts import get_smollm2
 

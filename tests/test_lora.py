@@ -16,7 +16,8 @@ from worker import exact_norm
 import eval as evaluation
 import train
 from common import run_folder
-from common.config import TrainConfig, UserError, parse
+from common.config import TrainConfig, parse
+from common.errors import UserError
 from common.hub import load_weights
 from training import data, lora, losses, plan
 

@@ -27,7 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import train
 from common import sources
-from common.config import TrainConfig, UserError, parse
+from common.config import TrainConfig, parse
+from common.errors import UserError
 from training import checks, data, loading, losses, plan
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.config import UserError
+from common.errors import UserError
 from scripts.report import mask_figure
 from scripts.report import tables as report
 

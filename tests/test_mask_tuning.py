@@ -13,7 +13,8 @@ from worker import exact_norm
 
 import train
 from common import run_folder
-from common.config import TrainConfig, UserError, parse
+from common.config import TrainConfig, parse
+from common.errors import UserError
 from common.hub import load_weights
 from training import data, losses, mask_tuning, plan
 

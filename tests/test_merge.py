@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 import eval as evaluation
 from common import integrity
-from common.config import TrainConfig, UserError
+from common.config import TrainConfig
+from common.errors import UserError
 from common.hub import load_weights
 from scripts import merge
 from scripts.merging import drop, greedy

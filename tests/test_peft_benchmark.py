@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 import train
 from common import sources, templates
-from common.config import TrainConfig, UserError, parse
+from common.config import TrainConfig, parse
+from common.errors import UserError
 from scripts.peft_benchmark import report, rows
 from scripts.report import runs as report_runs
 from scripts.reproduce.reduced import SHAPES

@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralC
 
 import gmt
 import train
-from common.config import TrainConfig, UserError, parse
+from common.config import TrainConfig, parse
+from common.errors import UserError
 from common.hub import load_weights
 from training import backend, loading, losses, plan, updates
 from training.data import Examples, step_examples, steps_per_epoch

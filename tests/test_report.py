@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import python, write_rows
 
-from common.config import UserError
+from common.errors import UserError
 from scripts.report import runs as report_runs
 from scripts.report import tables as report
 from scripts.report.published import PUBLISHED

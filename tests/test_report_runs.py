@@ -9,7 +9,7 @@ import pytest
 from conftest import write_rows
 from test_report import table
 
-from common.config import UserError
+from common.errors import UserError
 from scripts.report import curves as report_curves
 from scripts.report import figures as report_figures
 from scripts.report import runs as report_runs

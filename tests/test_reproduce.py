@@ -200,7 +200,7 @@ def test_a_stage_that_fails_stops_with_its_name_and_log(run, tmp_path):
 
 def test_an_error_is_a_line_of_its_own_while_a_bar_stands():
     code = (
-        "import tqdm; from common.config import UserError, run_main\n"
+        "import tqdm; from common.errors import UserError, run_main\n"
         "def main():\n"
         "    bar = tqdm.tqdm(total=9); bar.update(4)\n"
         "    raise UserError('no room')\n"

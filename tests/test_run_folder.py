@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from conftest import ROOT, read_metrics, write_rows
 
 from common import run_folder
-from common.config import TrainConfig, UserError
+from common.config import TrainConfig
+from common.errors import UserError
 
 
 def wandb_records(log: bytes) -> Iterator[bytes]:

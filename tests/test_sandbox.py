@@ -23,7 +23,7 @@ import psutil
 import pytest
 from conftest import needs_sandbox
 
-from common.config import UserError
+from common.errors import UserError
 from sandbox import inside, seccomp
 from sandbox import run as sandbox
 from sandbox.run import Limits, Trial, python_folders

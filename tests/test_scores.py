@@ -22,7 +22,7 @@ from transformers import (
 
 import eval as evaluation
 from common.compatibility import refuse_unscorable
-from common.config import UserError
+from common.errors import UserError
 from evaluation import scores
 from tasks import TASKS
 from tasks.task import Chat, Format, Options, each

@@ -11,7 +11,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
 
-from common.config import TrainConfig, UserError
+from common.config import TrainConfig
+from common.errors import UserError
 from training import backend
 
 STAND_INS = {

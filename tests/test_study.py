@@ -20,7 +20,7 @@ from test_losses import slow_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from common.config import UserError
+from common.errors import UserError
 from common.sources import load_rows
 from scripts.quickstart.data import OLD_SKILLS
 from scripts.report import stats

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import train
 from common import sources, templates
-from common.config import UserError
+from common.errors import UserError
 from common.hub import from_pretrained
 from training import data
 

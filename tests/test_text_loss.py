@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 from common import model_card
-from common.config import UserError
+from common.errors import UserError
 from evaluation import generation
 from scripts.report import runs as report_runs
 from scripts.report import tables

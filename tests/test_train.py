@@ -21,7 +21,8 @@ from worker import exact_norm
 import gmt
 import train
 from common import run_folder, sources, templates
-from common.config import Interrupted, TrainConfig, UserError, parse
+from common.config import TrainConfig, parse
+from common.errors import Interrupted, UserError
 from training import checkpoint, data, steps
 from training.loading import load_data
 from training.masking import build_masker, freeze

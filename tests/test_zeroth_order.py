@@ -17,7 +17,8 @@ from worker import exact_norm
 
 import train
 from common import run_folder
-from common.config import TrainConfig, UserError, parse
+from common.config import TrainConfig, parse
+from common.errors import UserError
 from training import data, plan
 from training.zeroth_order import ZerothOrder
 

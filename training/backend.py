@@ -15,7 +15,8 @@ from accelerate.utils import (
 from datasets.utils.logging import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 
-from common.config import ZEROTH_ORDER, TrainConfig, UserError
+from common.config import ZEROTH_ORDER, TrainConfig
+from common.errors import UserError
 from common.precision import avoid_cudnn_attention
 from training import zeroth_order
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from common import integrity
-from common.config import UserError
+from common.errors import UserError, one_line
 from common.model_card import CARD
 from training import lora, mask_tuning
 
@@ -101,7 +101,7 @@ def _put_in_place(
         earlier = complete(checkpoints)
         free = shutil.disk_usage(target.parent if target.parent.exists() else "/").free / 2**30
         raise UserError(
-            f"{what} could not be saved: {' '.join(str(e).split())[:200]} ({free:.2f} GiB free there). "
+            f"{what} could not be saved: {one_line(e, 200)} ({free:.2f} GiB free there). "
             + (
                 f"The last good checkpoint is {earlier[-1]}: make room and --resume"
                 if earlier
@@ -202,4 +202,4 @@ def load(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
         accelerator.load_state(str(folder), map_location="cpu" if paged else None)
         return json.loads((folder / PROGRESS).read_text())
     except Exception as e:
-        raise UserError(f"checkpoint {folder} cannot be loaded: {' '.join(str(e).split())[:300]}") from e
+        raise UserError(f"checkpoint {folder} cannot be loaded: {one_line(e)}") from e

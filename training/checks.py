@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import TrainConfig, UserError
+from common.config import TrainConfig
+from common.errors import UserError
 from common.precision import warn_if_slow
 from training.data import Examples, collate
 from training.losses import attach_loss, evaluating

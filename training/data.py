@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from common import sources, templates
-from common.config import UserError, nearest
+from common.errors import UserError, nearest
 from common.templates import IGNORE, TEMPLATES, LeftOut
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from accelerate import Accelerator
 
-from common.config import Interrupted
+from common.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # a scheduler's end, its early warning, Ctrl-C
 ECHO = 2.0  # seconds: torchrun hands Ctrl-C on to processes that the terminal has sent it to already

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 import gmt
 from common import templates
 from common.compatibility import largest_text_id, refuse_unscorable
-from common.config import TrainConfig, UserError, nearest, user_errors
-from common.hub import from_pretrained, load_weights, one_line
+from common.config import TrainConfig
+from common.errors import UserError, nearest, one_line, user_errors
+from common.hub import from_pretrained, load_weights
 from common.launch import world_size
 from common.sources import load_all
 from common.templates import TEMPLATES

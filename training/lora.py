@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from common.config import TrainConfig, UserError, nearest, user_errors
+from common.config import TrainConfig
+from common.errors import UserError, nearest, user_errors
 
 
 def add(config: TrainConfig, model: nn.Module, log: Callable[[str], object] = lambda text: None) -> Any:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import gmt
-from common.config import TrainConfig, user_errors
+from common.config import TrainConfig
+from common.errors import user_errors
 
 INITIAL_SCORE = 0.005  # about 60 of Adam's steps at R-AMT's learning rate of 8e-5 away from the threshold
 _SCORE = re.compile(r"parametrizations\.(\w+)\.original0$")

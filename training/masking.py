@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 import gmt
-from common.config import MASK_TUNING, ZEROTH_ORDER, TrainConfig, UserError, user_errors
+from common.config import MASK_TUNING, ZEROTH_ORDER, TrainConfig
+from common.errors import UserError, user_errors
 from training import lora, mask_tuning, zeroth_order
 
 

@@ -6,7 +6,8 @@ from torch import nn
 
 import gmt
 from common import run_folder
-from common.config import TrainConfig, UserError
+from common.config import TrainConfig
+from common.errors import UserError
 from common.hub import is_local
 from common.launch import check_launch, world_size
 from common.sources import data_files, split_cap

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from common import run_folder
-from common.config import FREE_TO_CHANGE, TrainConfig, UserError
+from common.config import FREE_TO_CHANGE, TrainConfig
+from common.errors import UserError
 from common.hub import identity
 from training import checkpoint
 from training.data import Examples

@@ -33,7 +33,7 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import gmt
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from scripts.bench import measure as bench
 
 KEEP_RATIO = 0.2

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from common import model_card
-from common.config import UserError, key, parse
+from common.config import key, parse
+from common.errors import UserError
 from common.hub import from_pretrained
 from scripts.merging import folders
 from scripts.merging.folders import Model

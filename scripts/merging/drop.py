@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import gmt
 from common import model_card
-from common.config import UserError, key, parse
+from common.config import key, parse
+from common.errors import UserError
 from scripts.merging import folders
 
 

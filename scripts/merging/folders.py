@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from common import integrity, run_folder
-from common.config import UserError
+from common.errors import UserError, one_line
 from common.hub import is_local, load_weights
 from common.model_card import CARD
 
@@ -124,7 +124,7 @@ def _folder(source: str, what: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["model*.safetensors", "*.json", "*.jinja", "*.model"]))
     except Exception as e:  # the network, the Hub (gated, unknown), the disk
-        raise UserError(f"{what} {source} cannot be fetched: {' '.join(str(e).split())[:300]}") from None
+        raise UserError(f"{what} {source} cannot be fetched: {one_line(e)}") from None
 
 
 def _tensor_files(folder: Path, what: str) -> dict[str, Path]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import eval as eval_program
 from common import run_folder
-from common.config import EvalConfig, UserError, key, parse
+from common.config import EvalConfig, key, parse
+from common.errors import UserError
 from common.model_card import CARD
 from evaluation.settings import digest
 from scripts.merging import average, folders

@@ -9,7 +9,8 @@ from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common.config import TrainConfig, parse, run_main
+from common.config import TrainConfig, parse
+from common.errors import run_main
 from scripts.peft_benchmark.rows import TOKENS
 from scripts.report.tables import table
 from scripts.reproduce.reduced import SHAPES

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from scripts.peft_benchmark.rows import TOKENS
 from scripts.report.runs import Run, read_metrics, read_runs
 from scripts.report.tables import make_room, table

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from transformers import AutoTokenizer
 
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from common.hub import from_pretrained
 from common.sources import load_rows
 from common.templates import TEMPLATES, encode_prompts

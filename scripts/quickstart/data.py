@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import integrity
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from common.templates import ALPACA
 
 OLD_SKILLS, NEW_SKILL = ("add", "subtract", "reverse"), "sort"

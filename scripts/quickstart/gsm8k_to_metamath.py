@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from common.sources import read_columns
 from tasks.math import gsm8k_gold
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from common.sources import read_columns
 from common.templates import ALPACA
 

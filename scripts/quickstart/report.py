@@ -14,7 +14,7 @@ from statistics import median
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from scripts.report.figures import NAMES, STYLE, save
 
 NEW_SKILL = "sort"

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
-from common.config import UserError, nearest
+from common.errors import UserError, nearest
 from scripts.report.figures import NAMES, Curve, forgetting_figure, loss_figure, sensitivity_figure, smooth
 from scripts.report.runs import Group, Run, group_runs, labels, read_metrics
 from scripts.report.stats import interval

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common.config import UserError
+from common.errors import UserError
 from scripts.report.figures import save
 
 NO_LAYER = "none"  # the row of embeddings, head and other tensors outside the layers

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config import FREE_TO_CHANGE, UserError
+from common.config import FREE_TO_CHANGE
+from common.errors import UserError, one_line
 from common.run_folder import METRICS, RUN
 from evaluation.scores import mean_of, read_lines
 from tasks import TASKS
@@ -230,7 +231,7 @@ def _json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: damaged or not readable ({' '.join(str(e).split())})") from None
+        raise UserError(f"{path}: damaged or not readable ({one_line(e)})") from None
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import UserError
+from common.errors import UserError
 from common.run_folder import MASKS
 from evaluation.scores import read_lines
 from scripts.report.curves import draw

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
-from common.config import run_main
+from common.errors import run_main
 from scripts import merge
 
 PROGRAMS = {"train.py": train.main, "scripts/merge.py": merge.main}

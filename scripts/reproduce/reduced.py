@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common.config import UserError, run_main
+from common.errors import UserError, run_main
 from common.templates import ALPACA, MAGICODER
 from tasks.general import BBH_TASKS, TYDIQA_TRAIN
 

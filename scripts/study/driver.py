@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common import run_folder
-from common.config import UserError
+from common.errors import UserError
 from common.hub import load_weights
 from common.sources import load_all
 from common.templates import TEMPLATES, columns

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import train
 from common import run_folder
-from common.config import UserError
+from common.errors import UserError
 from scripts import merge
 from scripts.quickstart.data import OLD_SKILLS, save_random_model, write
 from scripts.study import data as study_data

@@ -14,7 +14,7 @@ from statistics import mean
 
 import numpy as np
 
-from common.config import UserError
+from common.errors import UserError
 from scripts.report.figures import NAMES, STYLE, plt, save
 from scripts.report.stats import holm, interval, paired_test
 from scripts.study.driver import Lines, read_lines

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from common.config import run_main
+from common.errors import run_main
 from scripts.study import miniature, smollm2
 from scripts.study.driver import run_study
 

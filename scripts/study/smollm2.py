@@ -56,7 +56,7 @@ from safetensors import safe_open
 import eval as evaluation
 import train
 from common import run_folder
-from common.config import UserError
+from common.errors import UserError
 from scripts import merge
 from scripts.quickstart.data import write
 from scripts.quickstart.gsm8k_to_metamath import to_metamath

@@ -7,7 +7,7 @@ needed.
 from pathlib import Path
 from typing import Any
 
-from common.config import UserError
+from common.errors import UserError
 
 
 def per_item(name: str, **inputs: Any) -> dict[str, list]:
