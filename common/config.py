@@ -437,9 +437,10 @@ def parse(cls: type, argv: list[str]) -> Any:
         if len(values) != 1:
             raise UserError(f"--config takes one file, got {len(values)}")
         settings += _read_yaml(values[0])
-    if rule := [values[-1] for k, values, _ in pairs if k == "rule" and values and cls is TrainConfig]:
-        settings = [setting for setting in settings if setting[0] not in _unused(rule[-1], settings, pairs)]
-    if [values for k, values, _ in pairs if k == "optimizer" and values[-1:] and values[-1] in ZEROTH_ORDER]:
+    given = {k: values[-1] for k, values, _ in pairs if values}
+    if cls is TrainConfig and "rule" in given:
+        settings = [setting for setting in settings if setting[0] not in _unused(given["rule"], settings, pairs)]
+    if given.get("optimizer") in ZEROTH_ORDER:
         settings = [setting for setting in settings if setting[0] not in OF_GRADIENTS]
     settings += [(k, values, f"--{k}") for k, values, _ in pairs if k != "config"]
 
@@ -550,10 +551,9 @@ def _unused(rule: str, settings: list[tuple], words: list[tuple]) -> set[str]:
         return set()
     if meaningless := _meaningless(rule):
         return {*meaningless, *OF_SCORES}
-    score = [values[-1] for k, values, _ in settings + words if k == "score" and values][-1:] or [
-        gmt.rule_of(rule).score
-    ]
-    return {name for name, of in OF_SCORES.items() if score[-1] != of}
+    given = {k: values[-1] for k, values, _ in settings + words if values}
+    score = given.get("score") or gmt.rule_of(rule).score
+    return {name for name, of in OF_SCORES.items() if score != of}
 
 
 def _type_name(kind: Any) -> str:

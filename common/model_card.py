@@ -110,9 +110,7 @@ def add_scores(model: Path, scores: dict[str, dict[str, Any]]) -> None:
     )
     text = card.text if _TABLE.search(card.text) else card.text + _TABLE_HEAD
     card.text = _TABLE.sub(lambda _: _TABLE_HEAD + rows, text)
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(str(card), encoding="utf-8")
-    aside.replace(path)
+    run_folder.write_whole(path, str(card))
 
 
 def _results(name: str, entry: dict[str, Any]) -> list[EvalResult]:

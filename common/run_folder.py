@@ -94,18 +94,26 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either the old or the new one, whatever happens. Raises UserError on no space."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either the old or the new one, whatever happens.
+
+    Raises:
+        UserError: it cannot be written: no space, for example.
+    """
     aside = path.with_name(path.name + ".aside")
     try:
-        with open(aside, "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=2, ensure_ascii=False)
-            f.write("\n")
+        with open(aside, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         aside.replace(path)
     except OSError as e:
         raise UserError(f"{path} cannot be written: {e.strerror}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """write_whole, as JSON."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -219,9 +227,7 @@ def _forget_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and one that a crash has cut: a resumed run does these steps again."""
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
-        aside = path.with_name(path.name + ".aside")
-        aside.write_bytes(b"".join(line for line in lines if _step(line) <= step))
-        aside.replace(path)
+        write_whole(path, b"".join(line for line in lines if _step(line) <= step))
 
 
 def _step(line: bytes) -> float:

@@ -124,9 +124,12 @@ def chat(
         if role in OTHER_NAMES and not re.search(rf"\b{role}\b", source):
             raise UserError(f"message {i + 1}: chat templates do not know the role {role!r}: use {OTHER_NAMES[role]!r}")
 
-    segments, done, upto = [], "", 0
-    for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        for upto, trained in ((i, False), (i + 1, True)):
+    segments, done, end = [], "", 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        end = i + 1
+        for upto, trained in ((i, False), (end, True)):
             text = apply_chat_template(tokenizer, messages[:upto], not trained, **variables)
             if not text.startswith(done):
                 raise UserError(
@@ -135,7 +138,7 @@ def chat(
                 )
             segments.append(Segment(text[len(done) :], trained))
             done = text
-    for i, message in enumerate(messages[:upto], 1):
+    for i, message in enumerate(messages[:end], 1):
         content = (message["content"] or "").rpartition("</think>")[2].strip()  # earlier thoughts may be left out
         if content not in done and json.dumps(content, ensure_ascii=False)[1:-1] not in done:
             raise UserError(

@@ -116,12 +116,7 @@ def write_lines(path: Path, lines: list[dict]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    aside = path.with_name(path.name + ".aside")
-    try:
-        aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        aside.replace(path)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written: {e.strerror}") from None
+    run_folder.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -178,7 +178,6 @@ def _run(trial: Trial, unsafe: bool) -> tuple[str, str, bool]:
         "judge": trial.judge,
         "data": trial.data,
         "seconds": trial.seconds,
-        "spare": trial.spare,
         "patience": PATIENCE,
     }
     quiet, pipe = subprocess.DEVNULL, subprocess.PIPE

@@ -57,7 +57,7 @@ def test_it_fits_on_its_card(name):
     config = parse(TrainConfig, ["--config", str(ROOT / "configs" / f"{name}.yaml")])
     cls, shape = SHAPES[config.model]
     architecture = cls(**shape)
-    held = plan.tensor_bytes(config, plan.on_meta(config, architecture).parameters(), 1, False)
+    held = plan.tensor_bytes(config, plan.on_meta(config, architecture).parameters(), 1)
     rows = config.micro_batch_tokens // config.max_length
     held["activations"] = plan.activation_bytes(
         config, architecture, rows, config.max_length, rows * (config.max_length - 1)

@@ -72,7 +72,7 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_run(tmp_path, t
     model = plan.on_meta(config, AutoConfig.from_pretrained(config.model))
     if config.rule == "hft":
         gmt.freeze_half(model, config.seed, "sft")
-    assert plan.tensor_bytes(config, model.parameters(), 1, False) == held
+    assert plan.tensor_bytes(config, model.parameters(), 1) == held
 
 
 class LiveBytes(TorchDispatchMode):
@@ -171,7 +171,7 @@ def test_bytes_of_a_calibration(dtype):
 def test_bytes_under_fsdp2_are_the_largest_shard():
     config = TrainConfig(model="m", dataset=["d"], output_dir="o", rule="none")
     p = torch.nn.Parameter(torch.zeros(10, 3))
-    held = plan.tensor_bytes(config, [p], 4, True)  # torch.chunk: 3, 3, 3, 1 rows
+    held = plan.tensor_bytes(config, [p], 4)  # torch.chunk: 3, 3, 3, 1 rows
     assert held == {"weights": 36, "gradients": 36, "optimizer": 76}
 
 
@@ -331,7 +331,7 @@ def test_what_cannot_fit_on_the_card_is_refused(tmp_path, train_args, monkeypatc
             monkeypatch.setenv(name, value)
         config = parse(TrainConfig, args)
         model = plan.on_meta(config, AutoConfig.from_pretrained(config.model))
-        needed = sum(plan.tensor_bytes(config, model.parameters(), 2, True).values())
+        needed = sum(plan.tensor_bytes(config, model.parameters(), 2).values())
     monkeypatch.setattr(backend, "card_bytes", lambda: needed - 1)
     with pytest.raises(UserError, match=r"needs 0.0 GiB a GPU .*weights 0.0, gradients 0.0, optimizer 0.0") as refused:
         train.main(args)

@@ -556,7 +556,7 @@ def memory(config, model, gpus: int) -> str:
     most = config.micro_batch_tokens or plan.CHOICES[0]
     rows = min(config.global_batch_size // gpus, most // config.max_length // per_example)
     rows *= per_example
-    held = plan.tensor_bytes(config, model.parameters(), gpus, True)
+    held = plan.tensor_bytes(config, model.parameters(), gpus)
     held["gathered"] = plan.gathered_bytes(config, model)
     held["activations"] = plan.activation_bytes(
         config, model.config, rows, config.max_length, rows * (config.max_length - 1)
@@ -573,7 +573,7 @@ def plans() -> dict[str, dict[str, float]]:
         cls, shape = SHAPES[config.model]
         architecture, per_example = cls(**shape), 1 + (config.objective == "dpo")
         model = plan.on_meta(config, architecture)
-        whole = plan.tensor_bytes(config, model.parameters(), 1, False)
+        whole = plan.tensor_bytes(config, model.parameters(), 1)
         n = SIZES[config.dataset[0]]
         tokens = n * config.epochs * per_example * config.max_length
         found[name] = {

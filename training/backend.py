@@ -218,3 +218,8 @@ def _paged_adamw_8bit() -> type[torch.optim.Optimizer]:
                         state[name] = loaded.to(p.device)
 
     return Resumable
+
+
+def any_process(happened: bool, accelerator: Accelerator) -> bool:
+    """Whether it happened on any process: all have to go the same way. Every process has to make the call."""
+    return bool(accelerator.reduce(torch.tensor(float(happened), device=accelerator.device), "sum") > 0)

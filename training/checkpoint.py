@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from common import integrity
 from common.errors import UserError, one_line
 from common.model_card import CARD
-from training import lora, mask_tuning
+from training import backend, lora, mask_tuning
 
 PROGRESS = "progress.json"
 _NAME, _ASIDE = re.compile("step_([0-9]+)"), ".aside_"
@@ -117,8 +116,7 @@ def _together(accelerator: Accelerator, action: Callable[[], None]) -> None:
         action()
     except Exception as e:
         error = e
-    failed = torch.tensor(float(error is not None), device=accelerator.device)
-    if accelerator.reduce(failed, "sum") > 0:
+    if backend.any_process(error is not None, accelerator):
         raise error or RuntimeError("another process failed")
 
 

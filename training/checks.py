@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from common.config import TrainConfig
 from common.errors import UserError
 from common.precision import warn_if_slow
+from training import backend
 from training.data import Examples, collate
 from training.losses import attach_loss, evaluating
 from training.plan import wants_packing
@@ -67,7 +68,7 @@ def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accele
     if logits.dtype != torch.float64:
         logits = logits.float()
     theirs = F.cross_entropy(logits, batch["targets"], reduction="none")
-    if _any_process(distance(ours, theirs) > _rounding(config), accelerator):
+    if backend.any_process(distance(ours, theirs) > _rounding(config), accelerator):
         raise UserError(
             f"model {config.model} ({model_type(model)}) does something to its logits that losses.attach_loss does not "
             f"know: its loss is {theirs.mean():.4f}, that of attach_loss {ours.mean():.4f}"
@@ -93,9 +94,9 @@ def packing_leaks(config: TrainConfig, model: nn.Module, examples: Examples, acc
         together = second_losses([[first, second]])
         other = second_losses([[first, second]], reverse=int(examples.lengths[first]))
         apart = second_losses([[second]])
-    if _any_process(distance(together, other) > 1e-5, accelerator):
+    if backend.any_process(distance(together, other) > 1e-5, accelerator):
         return f"{model_type(model)} lets an example see the one before it, with attention {config.attention}"
-    if _any_process(distance(together, apart) > _rounding(config), accelerator):
+    if backend.any_process(distance(together, apart) > _rounding(config), accelerator):
         return f"{model_type(model)} gives an example other losses in a packed row than apart"
     return ""
 
@@ -147,8 +148,3 @@ def model_type(model: nn.Module) -> str:
 def _rounding(config: TrainConfig) -> float:
     """How far losses of the same tokens, computed in two ways, may lie apart."""
     return 1e-4 if config.mixed_precision == "fp32" and config.master_dtype != "bfloat16" else 2e-2
-
-
-def _any_process(bad: bool, accelerator: Accelerator) -> bool:
-    """Whether it is so on any process: all have to go the same way."""
-    return bool(accelerator.reduce(torch.tensor(float(bad), device=accelerator.device), "sum") > 0)

@@ -77,7 +77,7 @@ class Examples:
 
     def left_out_text(self) -> str:
         """How many were left out, and why, as a phrase."""
-        return f"{self.left_out.total()} left out" + f" ({_listed(self.left_out)})" * bool(self.left_out)
+        return f"{self.left_out.total()} left out" + (f" ({_listed(self.left_out)})" if self.left_out else "")
 
     def max_token_id(self) -> int:
         chunks = (chunk.flatten().to_numpy() for chunk in self.rows.data.column("input_ids").chunks)
@@ -304,11 +304,9 @@ def micro_batches(
     if not len(ids):
         return [[] for _ in range(world_size)]
     number = -(-len(fill(max_tokens)) // world_size) * world_size
-    least, most = sum(length_of.values()) // number, max_tokens
-    while least < most:  # the smallest budget that takes no more micro-batches than that
-        budget = (least + most) // 2
-        least, most = (least, budget) if len(fill(budget)) <= number else (budget + 1, most)
-    batches = fill(most)
+    budgets = range(min(sum(length_of.values()) // number, max_tokens), max_tokens)
+    smallest = bisect.bisect_left(budgets, True, key=lambda budget: len(fill(budget)) <= number)
+    batches = fill(budgets.start + smallest)  # the smallest budget that takes no more micro-batches than that
     while len(batches) < number:  # split those with the most work: halves cost less than an idle process
         at = max(range(len(batches)), key=lambda b: tokens(batches[b]) if sum(map(len, batches[b])) > 1 else 0)
         batches[at : at + 1] = _halves(batches[at]) if sum(map(len, batches[at])) > 1 else [batches[at], []]

@@ -75,10 +75,8 @@ def distribute(
     return micro_batches(ids, examples.padded_lengths(packed), processes, *most, row_tokens)
 
 
-def tensor_bytes(
-    config: TrainConfig, parameters: Iterable[nn.Parameter], processes: int, sharded: bool
-) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state that the first of `processes` holds, which has the most.
+def tensor_bytes(config: TrainConfig, parameters: Iterable[nn.Parameter], shards: int) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state that the first of so many shards holds, which has the most.
 
     DDP keeps all of them whole, gradients once, in its buckets: see backend.prepare and steps.zero_gradients. FSDP2
     cuts dimension 0 as torch.chunk does; what it gathers in passing is counted by gathered_bytes. Paged 8-bit moments
@@ -86,7 +84,7 @@ def tensor_bytes(
     """
     total = {"weights": 0, "gradients": 0, "optimizer": 0}
     for p in parameters:
-        numel = _entries_here(p, processes if sharded else 1)
+        numel = _entries_here(p, shards)
         total["weights"] += numel * p.element_size()
         if not p.requires_grad or config.optimizer in ZEROTH_ORDER:
             continue
@@ -167,7 +165,7 @@ def gathered_bytes(config: TrainConfig, model: nn.Module) -> int:
 
 def held_bytes(config: TrainConfig, model: nn.Module, masker: gmt.Masker, shards: int) -> dict[str, int]:
     """tensor_bytes and mask_bytes, or directions: what a step holds for certain, whatever the activations."""
-    held = tensor_bytes(config, model.parameters(), shards, shards > 1)
+    held = tensor_bytes(config, model.parameters(), shards)
     if config.optimizer in ZEROTH_ORDER:
         return held | {"directions": direction_bytes(config, model.parameters())}
     return held | mask_bytes(config, masker, shards)
@@ -194,12 +192,15 @@ def ways_to_save(config: TrainConfig, certain: bool) -> str:
     """What to do where a GPU is too small: for weights and their like (certain), or for activations too."""
     ways = []
     if not certain:
-        ways += ["--gradient_checkpointing true"] * (not config.gradient_checkpointing)
+        if not config.gradient_checkpointing:
+            ways.append("--gradient_checkpointing true")
         ways += ["a smaller micro_batch_tokens", "a smaller loss_chunk"]
     sharded = backend.is_sharded()
     ways.append("more GPUs" if sharded else "several GPUs with configs/accelerate/fsdp2.yaml")
-    ways += ["--optimizer adamw_8bit"] * (not sharded and config.optimizer == "adamw")
-    ways += ["--adapter lora with --rule none"] * (not config.adapter)
+    if not sharded and config.optimizer == "adamw":
+        ways.append("--optimizer adamw_8bit")
+    if not config.adapter:
+        ways.append("--adapter lora with --rule none")
     return f"use {', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else f"use {ways[0]}"
 
 
@@ -459,15 +460,15 @@ def report(
     if config.optimizer in ZEROTH_ORDER:  # as the optimizer does; then a weight's products are two of two FLOPs
         model.requires_grad_(False)
     needed, card = most_at_once(held), backend.card_bytes()
-    whole = tensor_bytes(config, parameters, 1, False)
+    whole = tensor_bytes(config, parameters, 1)
     checkpoint = whole["weights"] + whole["optimizer"]
     saves = config.save_every or config.save_every_minutes
-    disk = whole["weights"] + (config.keep_checkpoints + 1) * checkpoint * bool(saves)
+    disk = whole["weights"] + ((config.keep_checkpoints + 1) * checkpoint if saves else 0)
     flops = tokens * flops_per_token(model, float(np.mean(examples.lengths)))
     mixture = experts(model.config)
     where = f"{processes} process(es), each with the whole model"
     if sharded:
-        where = f"FSDP2 over {processes} processes" + f" in groups of {shards}" * (shards < processes)
+        where = f"FSDP2 over {processes} processes" + (f" in groups of {shards}" if shards < processes else "")
     lines = [
         f"parameters: {sum(p.numel() for p in parameters):,}, {trained:,} of them trained",
         masker.summary(),

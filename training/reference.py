@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common import run_folder
 from common.config import TrainConfig
 from common.hub import identity
-from common.run_folder import REFERENCE
+from training import backend
 from training.data import Examples, steps_per_epoch
 from training.losses import evaluating
 from training.objectives import DPO, SFT, Objective, sequence_logps
@@ -45,7 +46,7 @@ def build_objectives(
     if config.objective == "sft":
         return Objectives(SFT(examples), SFT(held_out), lambda folder: None)
     fingerprint = compute_fingerprint(config, [examples, held_out], packed)
-    path = Path(config.output_dir) / REFERENCE
+    path = Path(config.output_dir) / run_folder.REFERENCE
     logps = load(path, fingerprint, accelerator) if config.resume else None
     if logps is None:
         accelerator.print("computing the reference's log-probabilities")
@@ -56,7 +57,7 @@ def build_objectives(
 
     def save_logps(folder: Path) -> None:
         if accelerator.is_main_process:
-            save(folder / REFERENCE, logps, fingerprint)
+            save(folder / run_folder.REFERENCE, logps, fingerprint)
 
     splits = zip((examples, held_out), logps, strict=True)
     return Objectives(*(DPO(*split, config.beta, config.length_normalised) for split in splits), save_logps)
@@ -89,9 +90,8 @@ def compute(model: nn.Module, parts: list[tuple[Examples, Iterable[Any]]], accel
 
 def save(path: Path, logps: list[Tensor], fingerprint: str) -> None:
     """Write what compute returned so that the file is either complete or not there."""
-    aside = path.with_name(path.name + ".aside")
-    save_file({str(i): part for i, part in enumerate(logps)}, aside, {"fingerprint": fingerprint})
-    aside.replace(path)
+    content = safetensors.torch.save({str(i): part for i, part in enumerate(logps)}, {"fingerprint": fingerprint})
+    run_folder.write_whole(path, content)
 
 
 def load(path: Path, fingerprint: str, accelerator: Accelerator) -> list[Tensor] | None:
@@ -103,5 +103,4 @@ def load(path: Path, fingerprint: str, accelerator: Accelerator) -> list[Tensor]
                 found = [f.get_tensor(str(i)) for i in range(len(f.keys()))]
     except (OSError, SafetensorError):
         pass
-    missing = torch.tensor(float(found is None), device=accelerator.device)
-    return None if accelerator.reduce(missing, "sum") > 0 else found
+    return None if backend.any_process(found is None, accelerator) else found

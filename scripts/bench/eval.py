@@ -11,6 +11,7 @@ lm_eval is in requirements-dev.txt.
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -147,7 +148,8 @@ def main() -> None:
     times = bench.interleaved({"eval.py": ours, "lm-eval": lm_eval}, args.repeats)
     same = sum(a == b for a, b in zip(answers["ours"], answers["lm_eval"], strict=True))
     rows = [
-        {"backend": k, "items/s": len(prompts) / bench.median(v), "seconds": bench.median(v)} for k, v in times.items()
+        {"backend": k, "items/s": len(prompts) / statistics.median(v), "seconds": statistics.median(v)}
+        for k, v in times.items()
     ]
     bench.show(rows)
     early = sum(n < args.max_new_tokens for n in answers["lengths"]) / len(prompts)

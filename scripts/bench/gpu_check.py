@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,7 @@ class Report:
 
 
 def median_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    return bench.median(bench.interleaved({"": call}, repeats)[""])
+    return statistics.median(bench.interleaved({"": call}, repeats)[""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def _mask_all(report: Report, what: str, gradients: dict[str, torch.Tensor], rep
                 g.normal_()
             seconds = bench.seconds(call)
             times += [seconds] if repeat else []
-        spent = bench.median(times)
+        spent = statistics.median(times)
         floor = floor or spent
         report.value(f"{what}, {way}", 1000 * spent, "ms")
         if way != "copy":
@@ -206,7 +207,7 @@ def _step(report: Report, shape: str, words: list[str]) -> None:
     if not torch.cuda.is_available():
         report.left_out("utilisation, peak memory", "they are those of a GPU")
     config = bench_step.train_config(args)
-    held = plan.tensor_bytes(config, model.parameters(), 1, False)
+    held = plan.tensor_bytes(config, model.parameters(), 1)
     sequences = args.micro_batch_tokens // args.length
     held["activations"] = plan.activation_bytes(config, model.config, sequences, args.length, args.micro_batch_tokens)
     planned = sum(held.values()) / 2**30

@@ -8,6 +8,7 @@ peak of the process's resident memory, in fp32. Both less what is there before: 
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def one(tokens: int, width: int, vocabulary: int, chunk: int, repeats: int) -> d
 
     before = bench.peak_bytes(reset=True)
     seconds = [bench.seconds(step) for _ in range(repeats + 1)][1:]
-    return {"seconds": bench.median(seconds), "peak_gib": (bench.peak_bytes() - before) / 2**30}
+    return {"seconds": statistics.median(seconds), "peak_gib": (bench.peak_bytes() - before) / 2**30}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ python scripts/bench/mask.py --json outputs/bench_mask.json
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,7 @@ def growth_row(n: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str
     def mask():
         masker.mask_gradients(0, check_finite=False)
 
-    ms = 1000 * bench.median(bench.interleaved({"": mask}, args.repeats, lambda: p.grad.copy_(g))[""])
+    ms = 1000 * statistics.median(bench.interleaved({"": mask}, args.repeats, lambda: p.grad.copy_(g))[""])
     p.grad.copy_(g)
     with LargestTemporary() as largest:
         mask()
@@ -89,9 +90,9 @@ def main() -> None:
         p = parameter(args.shape, dtype)
         g = p.grad.clone()
         times = bench.interleaved(ways(p, g, args.keep_ratio), args.repeats, lambda p=p, g=g: p.grad.copy_(g))
-        gmt_time = bench.median(times["gmt"])
+        gmt_time = statistics.median(times["gmt"])
         for name, values in times.items():
-            ms = 1000 * bench.median(values)
+            ms = 1000 * statistics.median(values)
             rows.append({"way": name, "dtype": str(dtype)[6:], "ms": ms, "times gmt's": ms / 1000 / gmt_time})
         growth += [growth_row(n, dtype, args) for n in args.growth]
     print(f"masking {args.shape[0]} x {args.shape[1]}, keep_ratio {args.keep_ratio}, on {bench.hardware()}")

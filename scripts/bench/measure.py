@@ -6,7 +6,6 @@ import importlib.util
 import json
 import platform
 import resource
-import statistics
 import sys
 import time
 import unittest.mock
@@ -55,10 +54,6 @@ def peak_bytes(reset: bool = False) -> int:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 def hardware() -> dict[str, Any]:

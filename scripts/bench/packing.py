@@ -8,6 +8,7 @@ conversations (median 400, at most 4096), half of each example is trained. On a 
 
 import argparse
 import functools
+import statistics
 import sys
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def main() -> None:
             padded = sum(len(m) * max(int(examples.lengths[row].sum()) for row in m) for m in batches[name])
             table.append({
                 "way": name, "data": kind, "padding": 1 - tokens / padded, "forward_passes": len(batches[name]),
-                "tokens_per_second": tokens / bench.median(spent), "fastest": tokens / min(spent),
+                "tokens_per_second": tokens / statistics.median(spent), "fastest": tokens / min(spent),
             })  # fmt: skip
     bench.show(table)
     bench.write(args.json, {"settings": vars(args), "rows": table})

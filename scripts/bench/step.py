@@ -8,6 +8,7 @@ One model of random weights, the rules in turn at every repeat, medians; peak me
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -181,7 +182,7 @@ def measure(
             seconds = step(args, way, maskers[way], repeat, model, optimizer)
             if repeat:
                 samples[way].append(seconds)
-    median = {way: {p: bench.median([s[p] for s in found]) for p in PHASES} for way, found in samples.items()}
+    median = {way: {p: statistics.median([s[p] for s in found]) for p in PHASES} for way, found in samples.items()}
     plain = median["none"]
     rows = []
     for way in ways:
@@ -193,7 +194,7 @@ def measure(
         row = {"rule": way, **{f"{p}, ms": 1000 * median[way][p] for p in PHASES}}
         row |= {
             "tokens/s": args.tokens / sum(median[way].values()),
-            "over none, %": 100 * bench.median(over),
+            "over none, %": 100 * statistics.median(over),
             "step / none's": sum(median[way].values()) / sum(plain.values()),
         }
         if memory:

@@ -17,6 +17,7 @@ Memory on a GPU is torch.cuda.max_memory_allocated; on a CPU it is the peak of t
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -188,7 +189,7 @@ def main() -> None:
         # an equal number of tokens per step on average; packed, SFTTrainer's steps are fewer, and their sum counts
         seconds = [sum(r["seconds"][WARMUP:]) * len(r["seconds"]) / (len(r["seconds"]) - WARMUP) for r in runs]
         table.append({
-            "way": name, "tokens_per_second": tokens / bench.median(seconds), "fastest": tokens / min(seconds),
+            "way": name, "tokens_per_second": tokens / statistics.median(seconds), "fastest": tokens / min(seconds),
             "peak_gib": max(r["peak_gib"] for r in runs), "steps": len(runs[0]["seconds"]),
         })  # fmt: skip
     bench.show(table)

@@ -10,7 +10,7 @@ import eval as eval_program
 from common import run_folder
 from common.config import EvalConfig, key, parse
 from common.errors import UserError
-from common.model_card import CARD
+from common.hub import identity
 from evaluation.settings import digest
 from scripts.merging import average, folders
 from scripts.merging.folders import Model
@@ -124,6 +124,5 @@ def score(models: list[Model], words: list[str], settings: dict[str, Any], work:
 
 
 def fingerprint(model: Model) -> list:
-    """What tells a model's files from those of another one, or of another time. The card is given the scores."""
-    files = sorted(path for path in model.folder.iterdir() if path.is_file() and path.name != CARD)
-    return [str(model.folder.resolve()), [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]]
+    """What tells a model's files from those of another one, or of another time."""
+    return [str(model.folder.resolve()), identity(str(model.folder))]

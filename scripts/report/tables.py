@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from common.errors import UserError
 from common.run_folder import MASKS
@@ -46,7 +47,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """Two-sided p-value of McNemar's exact test for verdicts (n,) of 0 and 1 on the same items."""
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    return float(binomtest(k, n).pvalue) if n else 1.0
 
 
 def bootstrap(a: np.ndarray, b: np.ndarray, groups: list[str], seed: int = 0) -> tuple[float, float]:
