@@ -2,7 +2,7 @@
 
     accelerate launch eval.py --model outputs/x/final --tasks gsm8k --output_dir outputs/x/eval
 
-`python eval.py --help` lists all keys. The same call again goes on where the last one was cut; `--score_only` scores
+`python eval.py --help` lists all keys. The same command again resumes an interrupted run; `--score_only` scores
 stored answers again, without a model.
 
 A run's requests are sorted once and cut into blocks of a few batches. Blocks are what processes share out and what is

@@ -100,7 +100,7 @@ class TrainConfig:
     keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; not for hft and none")
     score: str = key(
         "",
-        "what is large in what is kept: gradient, random, weight, weight_gradient (their product), moment (Adam's "
+        "what entries are ranked by: gradient, random, weight, weight_gradient (their product), moment (Adam's "
         "first), squared_gradients (of a calibration), low_rank (the rank-r part of W); empty: the rule's own",
     )
     refresh_every: int | None = key(None, "masks are chosen every N steps; 0: once; none given: the rule's own")

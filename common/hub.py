@@ -165,7 +165,7 @@ def _shapes_alone() -> Any:
 def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
     """The model with parameters on the CPU in the place of those on the meta device: one number each, seen everywhere.
 
-    Other than meta tensors they have an address, by which Accelerate's FSDP2 tells the optimizer's parameters apart.
+    Unlike meta tensors they have an address, by which Accelerate's FSDP2 tells the optimizer's parameters apart.
     Tied parameters stay tied.
     """
     made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}

@@ -148,7 +148,7 @@ def clean(folder: Path, newest: Path | None, keep: int) -> None:
 
 
 def is_finished(accelerator: Accelerator, final: Path) -> bool:
-    """Whether the final model of a run is there, as it was saved. The main process reads it; a damaged one is told."""
+    """Whether the final model of a run is there, as it was saved. The main process reports a damaged one."""
     finished = False
     if accelerator.is_main_process and final.exists():
         file = integrity.damaged_file(final)
@@ -161,7 +161,7 @@ def is_finished(accelerator: Accelerator, final: Path) -> bool:
 def latest(accelerator: Accelerator, folder: Path) -> Path | None:
     """The newest checkpoint whose files are what they were when it was saved; None where nothing was ever saved.
 
-    The main process reads them all, and tells what it passes over.
+    The main process reads them all, and reports what it skips.
 
     Raises:
         UserError: what was saved, checkpoints or the final model beside them, is damaged.

@@ -58,7 +58,7 @@ def changes_logits(model: nn.Module) -> bool:
 def check_loss(config: TrainConfig, model: nn.Module, examples: Examples, accelerator: Accelerator) -> None:
     """Raise UserError where losses.attach_loss is not the cross-entropy of the model's own logits.
 
-    So it is where a model does something to its logits, behind the head, that attach_loss does not know.
+    This is the case when a model does something to its logits, behind the head, that attach_loss does not know.
     """
     shortest = [[int(examples.lengths.argmin())]]
     batch = collate(examples, shortest, accelerator.device)

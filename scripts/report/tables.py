@@ -251,11 +251,9 @@ def published(tasks: set[str]) -> str:
     lines: dict[tuple[str, str], dict] = {}
     for task, metric, model, value, source in rows:
         lines.setdefault((model, source), {})[task, metric] = value
-    head = " | ".join(f"{task} {metric}" for task, metric in keys)
-    out = [f"\n# Published scores\n\n| model | {head} | source |", "|" + " --- |" * (len(keys) + 2)]
-    for (model, source), values in lines.items():
-        out.append(f"| {model} | {' | '.join(str(values.get(key, '')) for key in keys)} | {source} |")
-    return "\n".join(out) + "\n"
+    head = ["model", *(f"{task} {metric}" for task, metric in keys), "source"]
+    cells = [[model, *(values.get(key, "") for key in keys), source] for (model, source), values in lines.items()]
+    return "\n# Published scores\n\n" + table(head, cells)
 
 
 def make_room(path: Path) -> None:

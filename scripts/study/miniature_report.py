@@ -17,6 +17,7 @@ import numpy as np
 from common.errors import UserError
 from scripts.report.figures import NAMES, STYLE, plt, save
 from scripts.report.stats import holm, interval, paired_test
+from scripts.report.tables import table
 from scripts.study.driver import Lines, read_lines
 from scripts.study.miniature import KEEP_RATIO, RULES, choose_rate
 
@@ -204,14 +205,13 @@ def comparisons(lines: Lines, tasks: list[str]) -> Lines:
 
 
 def comparison_table(lines: Lines, tasks: list[str]) -> str:
-    out = ["Differences, seed by seed, in points:\n", "| task | | new skill | p (Holm) | retained | p (Holm) |"]
-    out.append("| --- | --- | --- | --- | --- | --- |")
     rows: dict[tuple, list[str]] = defaultdict(list)
     for c in comparisons(lines, tasks):
         cells = rows[c["task"], c["first"], c["other"]]
         cells += [f"{100 * c['mean']:+.1f} ± {100 * c['half']:.1f}", f"{c['corrected']:.2g}"]
-    out += [f"| {t} | {NAMES[a]} minus {NAMES[b]} | {' | '.join(cells)} |" for (t, a, b), cells in rows.items()]
-    return "\n".join(out) + "\n"
+    head = ["task", "", "new skill", "p (Holm)", "retained", "p (Holm)"]
+    named = [[task, f"{NAMES[a]} minus {NAMES[b]}", *cells] for (task, a, b), cells in rows.items()]
+    return "Differences, seed by seed, in points:\n\n" + table(head, named)
 
 
 def scores(lines: Lines, tasks: list[str]) -> Lines:
@@ -244,17 +244,18 @@ def base_text(folder: Path) -> str:
 
 
 def score_table(rows: Lines) -> str:
-    out = [
-        "| task | rule | learning rate | seeds | new skill, % | retained, % | new skill, nats | retained, nats |",
-        "|" + " --- |" * 8,
-    ]
+    head = ["task", "rule", "learning rate", "seeds", "new skill, %", "retained, %", "new skill, nats"]
+    found = []
     for r in rows:
         edge = " (edge)" if r["at_the_edge"] else ""
         cells = [f"{100 * r[m]:.1f} ± {100 * r[m + '_half']:.1f}" for m in METRICS[:2]]
         cells += [f"{r[m]:.3f} ± {r[m + '_half']:.3f}" for m in METRICS[2:]]
         rate = f"{r['learning_rate']:g}{edge}"
-        out.append(f"| {r['task']} | {NAMES[r['rule']]} | {rate} | {r['seeds']} | {' | '.join(cells)} |")
-    text = "\n".join(out) + "\n\nnats: negative log-likelihood per token of right answers to test problems."
+        found.append([r["task"], NAMES[r["rule"]], rate, r["seeds"], *cells])
+    text = (
+        table([*head, "retained, nats"], found)
+        + "\nnats: negative log-likelihood per token of right answers to test problems."
+    )
     if any(r["at_the_edge"] for r in rows):
         text += " (edge): the chosen rate is the lowest or highest of those tried; a better one may lie beyond."
     return text + "\n"
@@ -358,12 +359,13 @@ def insensitive(lines: Lines, task: str) -> str:
 
 
 def sweep_table(lines: Lines, tasks: list[str]) -> str:
-    out = ["| task | keep_ratio | seeds | new skill, % | retained, % |", "|" + " --- |" * 5]
+    rows = []
     for task in tasks:
         for keep_ratio, group in sweep(lines, task).items():
             cells = [percent([line[m] for line in group]) for m in METRICS[:2] if group]
-            out.append(f"| {task} | {keep_ratio:g} | {len(group)} | {' | '.join(cells)} |")
-    return "\n".join(out) + "\n\ngmt, at the rate chosen for it at keep_ratio 0.2; keep_ratio 1 is SFT at that rate.\n"
+            rows.append([task, f"{keep_ratio:g}", len(group), *cells])
+    text = table(["task", "keep_ratio", "seeds", "new skill, %", "retained, %"], rows)
+    return text + "\ngmt, at the rate chosen for it at keep_ratio 0.2; keep_ratio 1 is SFT at that rate.\n"
 
 
 def cost_table(folder: Path) -> str:
@@ -372,11 +374,9 @@ def cost_table(folder: Path) -> str:
     if not path.exists():
         return ""
     cost = json.loads(path.read_text())
-    keys = list(cost["rows"][0])
-    rows = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
-    for row in cost["rows"]:
-        rows.append("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    return "## Cost\n\nscripts/bench/step.py, the rules in turn at every repeat, medians:\n\n" + "\n".join(rows) + "\n"
+    rows = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in cost["rows"]]
+    text = table(list(cost["rows"][0]), rows)
+    return f"## Cost\n\nscripts/bench/step.py, the rules in turn at every repeat, medians:\n\n{text}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

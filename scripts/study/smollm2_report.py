@@ -2,7 +2,7 @@
 was fixed before). A part that is not there yet is named as such."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -16,6 +16,7 @@ from scripts.report.figures import NAMES as MAIN_NAMES
 from scripts.report.figures import STYLE as MAIN_STYLE
 from scripts.report.figures import plt, save
 from scripts.report.stats import holm, interval
+from scripts.report.tables import table
 from scripts.study.driver import ABOUT, RUNS, Lines, missing, read_lines
 from scripts.study.miniature_report import CONTRARY, HOLDS, UNTOLD
 from scripts.study.smollm2 import (
@@ -88,12 +89,6 @@ def of(lines: Lines, **wanted: object) -> Lines:
     """The lines with these values, by learning rate, keep_ratio and seed."""
     found = [line for line in lines if all(line[key] == value for key, value in wanted.items())]
     return sorted(found, key=lambda x: (x["learning_rate"], x["keep_ratio"] or 0, x["seed"]))
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head)]
-    lines += [["---"] * len(lines[0]), *(list(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
