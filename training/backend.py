@@ -44,8 +44,8 @@ def first_reads_for_all(model: torch.nn.Module) -> bool:
     """Whether the first process of all reads the weights alone, and Accelerate sends them to the others.
 
     This is the case under FSDP2, unless Accelerate's configuration says otherwise: else each process of a machine would
-    hold the whole model in the machine's memory, to keep its shard of it. Accelerate sends parameters, and fails on buffers
-    that are saved with them (the bias of DeepSeek-V3's router).
+    hold the whole model in the machine's memory, to keep its shard of it. Accelerate sends parameters, and fails on
+    buffers that are saved with them (the bias of DeepSeek-V3's router).
     """
     allowed = is_sharded() and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING", default=True)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

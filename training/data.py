@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -131,23 +131,26 @@ def tokenise(
     processes = processes or processes_for(len(rows))
     kind = TEMPLATES[template]
 
+    def render(row: dict[str, Any]) -> list[list[templates.Segment]]:
+        """The sequences of a row."""
+        if preferences:
+            return list(templates.render_preference(kind, row, tokenizer))
+        segments = templates.render(kind, row, tokenizer)
+        return [[s._replace(trained=True) for s in segments] if train_on_prompt else segments]
+
     def encode_rows(columns: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rendered: list[tuple] = []  # of each row its sequences, as segments
-        reasons: list[str] = []  # why it is left out, or ""
+        rendered: list[list[list[templates.Segment]]] = []
+        reasons: list[str] = []  # why a row is left out, or ""
         for index, *values in zip(indices, *columns.values(), strict=True):
-            row = dict(zip(columns, values, strict=True))
+            sequences, reason = [], ""
             try:
-                both = templates.render_preference if preferences else lambda *args: (templates.render(*args),)
-                sequences = both(kind, row, tokenizer)
-                if train_on_prompt:
-                    sequences = tuple([part._replace(trained=True) for part in parts] for parts in sequences)
-                rendered.append(sequences)
-                reasons.append("")
+                sequences = render(dict(zip(columns, values, strict=True)))
             except LeftOut as e:
-                rendered.append(())
-                reasons.append(str(e))
+                reason = str(e)
             except UserError as e:
                 raise UserError(f"row {index + 1} of the dataset: {e}") from None
+            rendered.append(sequences)
+            reasons.append(reason)
         encoded = iter(templates.encode(kind, [sequence for row in rendered for sequence in row], tokenizer))
         out: dict[str, list] = {name: [] for name in _FEATURES}
         for row, reason in zip(rendered, reasons, strict=True):
