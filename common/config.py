@@ -68,8 +68,8 @@ class TrainConfig:
     # model and data
     model: str = key(help="folder or Hub id of the model to fine-tune")
     dataset: list[str] = key(
-        help="training rows, each entry a .jsonl, .json (also .gz) or .parquet file, a folder of them, or a Hub id; "
-        "SOURCE:N takes its first N rows"
+        help="training rows, each entry a .jsonl, .json (also .gz) or .parquet file, a folder of them, or a Hub id "
+        "(HUB_ID:CONFIG where it has several configurations); SOURCE:N takes its first N rows"
     )
     output_dir: str = key(help="folder of this run: log, checkpoints, final model")
     tokenizer: str = key("", "folder or Hub id of the tokenizer; empty: the model's own")

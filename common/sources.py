@@ -285,7 +285,6 @@ def load_rows(
     columns: tuple[str, ...],
     split: str = "train",
     max_rows: int = 0,
-    subset: str | None = None,
     conversations: tuple[str, ...] = (MESSAGES,),
     optional: tuple[str, ...] = (),
 ) -> Dataset:
@@ -295,9 +294,8 @@ def load_rows(
     tool call), and the `optional` columns; "" if there is nothing. See with_extras.
 
     Args:
-        source: a file, a folder, see data_files, or a Hub id.
+        source: a file, a folder, see data_files, a Hub id, or HUB_ID:CONFIG, which names one of its configurations.
         split: which part of a folder or of a Hub dataset.
-        subset: and which configuration of a Hub dataset.
         max_rows: the first N rows; 0: all.
         optional: columns that are kept where a row has them, of any type, null and empty ones left out.
     Raises:
@@ -305,7 +303,7 @@ def load_rows(
     """
     files = data_files(source, split)
     kinds = columns, conversations, optional
-    parts = [_from_hub(source, split, subset)] if files is None else [_from_file(f, *kinds) for f in files]
+    parts = [_from_hub(source, split)] if files is None else [_from_file(f, *kinds) for f in files]
     rows = _concatenated([_only(part, *kinds, source) for part in parts])
     if max_rows:
         rows = rows.select(range(min(max_rows, len(rows))))
@@ -391,13 +389,17 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _from_hub(source: str, split: str, subset: str | None) -> Dataset:
+def _from_hub(source: str, split: str) -> Dataset:
+    name, _, config = source.partition(":")
     try:
-        return load_dataset(source, subset, split=split)
+        return load_dataset(name, config or None, split=split)
     except Exception as e:  # whatever the network, the Hub or its cache raises
+        hint = f"to have it offline, where there is a network: hf download --repo-type dataset {name}; name its folder"
+        if "Config name is missing" in str(e):
+            hint = f"written {name}:CONFIG"
         raise UserError(
             f"dataset {source}, split {split}: no local path, and neither Hub nor cache gives it: {one_line(e)} "
-            f"(to have it offline, where there is a network: hf download --repo-type dataset {source}; name its folder)"
+            f"({hint})"
         ) from None
 
 

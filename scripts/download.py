@@ -40,13 +40,15 @@ def fetch_model(name: str, folder: Path) -> Path:
 
 
 def fetch_dataset(name: str, split: str, folder: Path) -> Path:
-    """The dataset's row files; where files are named after splits, those of this one."""
+    """The dataset's row files; where files are named after splits, those of this one, and of HUB_ID:CONFIG's folder."""
+    name, _, config = name.partition(":")
     files = _ask(name, "dataset", list_repo_files, name, repo_type="dataset")
     rows = [f for f in files if f.endswith(ROW_FILES) and Path(f).name not in NOT_ROWS]
+    rows = [f for f in rows if config in Path(f).parts[:-1]] or rows if config else rows
     chosen = [f for f in rows if split in Path(f).name] or rows
     if not chosen:
         raise UserError(f"dataset {name} holds no {', '.join(ROW_FILES)} file")
-    target = folder / "datasets" / name
+    target = folder / "datasets" / (f"{name}_{config}" if config else name)
     _ask(
         name, "dataset", snapshot_download, name, repo_type="dataset", allow_patterns=chosen, local_dir=target
     )  # fmt: skip

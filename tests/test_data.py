@@ -276,7 +276,17 @@ def test_hub_datasets_are_asked_for_by_id_and_split(monkeypatch):
         lambda *a, **k: asked.append((a, k)) or Dataset.from_list([{"query": "q", "response": "r"}]),
     )
     assert len(sources.load_rows("owner/name", COLUMNS, "train_sft")) == 1
-    assert asked == [(("owner/name", None), {"split": "train_sft"})]
+    assert len(sources.load_all(["owner/name:main:1"], COLUMNS)) == 1
+    assert asked == [(("owner/name", None), {"split": "train_sft"}), (("owner/name", "main"), {"split": "train"})]
+
+
+def test_a_hub_dataset_with_several_configurations_says_how_to_name_one(monkeypatch):
+    def load(*args, **kwargs):
+        raise ValueError("Config name is missing. Please pick one among the available configs: ['main', 'socratic']")
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    with pytest.raises(UserError, match=r"\['main', 'socratic'\] \(written openai/gsm8k:CONFIG\)"):
+        sources.load_rows("openai/gsm8k", COLUMNS)
 
 
 # --- steps and micro-batches -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, python, write_rows
 
 from common.errors import UserError
+from common.sources import load_rows
 
 spec = importlib.util.spec_from_file_location("download", ROOT / "scripts" / "download.py")
 download = importlib.util.module_from_spec(spec)
@@ -19,7 +20,7 @@ spec.loader.exec_module(download)
 @pytest.fixture
 def hub(tmp_path, model_dir, monkeypatch):
     """A Hub of a model and two datasets; the calls of snapshot_download."""
-    repos = {name: tmp_path / "hub" / name for name in ("owner/model", "owner/rows", "owner/splits")}
+    repos = {name: tmp_path / "hub" / name for name in ("owner/model", "owner/rows", "owner/splits", "owner/kinds")}
     shutil.copytree(model_dir, repos["owner/model"])
     for name in ("consolidated.safetensors", "pytorch_model.bin", "original/model.safetensors", "README.md"):
         (repos["owner/model"] / name).parent.mkdir(exist_ok=True)
@@ -29,6 +30,9 @@ def hub(tmp_path, model_dir, monkeypatch):
         (tmp_path / "hub" / path).parent.mkdir(parents=True, exist_ok=True)
         write_rows(tmp_path / "hub" / path, rows)
     (repos["owner/rows"] / "dataset_infos.json").write_text("{}")
+    for path in ("main/train-0.jsonl", "main/test-0.jsonl", "socratic/train-0.jsonl"):
+        (repos["owner/kinds"] / path).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(repos["owner/kinds"] / path, rows)
     calls = []
 
     def files(name, repo_type="model"):
@@ -80,6 +84,13 @@ def test_a_run_goes_without_the_hub(tmp_path, hub, capsys):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "13 examples" in done.stdout and (tmp_path / "run" / "final").is_dir()
+
+
+def test_one_configuration_of_a_dataset(tmp_path, hub):
+    folder = download.fetch_dataset("owner/kinds:main", "train", tmp_path / "f")
+    assert [str(p.relative_to(folder)) for p in folder.rglob("*.jsonl")] == ["main/train-0.jsonl"]
+    assert len(load_rows(str(folder), ("query", "response"))) == 8
+    assert download.fetch_dataset("owner/kinds:socratic", "train", tmp_path / "f") != folder  # not mixed with it
 
 
 def test_a_model_without_safetensors(tmp_path, hub):
