@@ -99,3 +99,19 @@ def test_a_damaged_json_file_is_one_line(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match="run.json: missing or damaged"):
         run_folder.read_json(tmp_path / "run.json")
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "scores.json"
+    run_folder.write_json(path, {"score": 1})
+    with open(path) as old:  # who is reading it goes on reading the old one
+        run_folder.write_json(path, {"score": 2})
+        assert json.load(old) == {"score": 1} and run_folder.read_json(path) == {"score": 2}
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"scores.json cannot be written: No space left on device"):
+        run_folder.write_json(path, {"score": 3})
+    assert run_folder.read_json(path) == {"score": 2}
