@@ -10,6 +10,7 @@ from conftest import read_metrics
 from torch import nn
 
 import train
+from common.errors import UserError
 from training import backend, steps
 
 
@@ -122,6 +123,6 @@ def test_a_gradient_that_no_scale_makes_finite_is_a_bad_step(tmp_path, train_arg
         return sums
 
     monkeypatch.setattr(train, "backward", spoil)
-    with pytest.raises(train.UserError, match="2 steps in a row had a non-finite gradient, up to step 2"):
+    with pytest.raises(UserError, match="2 steps in a row had a non-finite gradient, up to step 2"):
         train.main(train_args(tmp_path / "run", "--max_skipped_steps", "2"))
     assert scaled[-1].get_scale() < 1 and 27 <= len(calls) <= 30
