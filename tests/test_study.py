@@ -326,14 +326,16 @@ def test_the_runs_of_the_real_study_come_middle_first_and_once():
 
 
 def test_what_the_paper_compares_comes_first(real_lines):
-    first, seeds, others, other_seeds = (part(real_lines) for part in smollm2.SmolLM2(SIZE).parts())
+    first, seeds, accuracy, others, other_seeds = (part(real_lines) for part in smollm2.SmolLM2(SIZE).parts())
     assert {run.task for run in first + seeds} == {"gsm8k"} and len(first) == 5 * 4 + 10 + 2 + 2 + 4
     assert {run.rule for run in first if run.part != "clip"} == {"none", "gmt", "rmt", "gmt_frozen", "hft"}
     assert [run.part for run in seeds] == ["seeds"] * 25
+    assert [(run.part, run.rule, run.seed) for run in accuracy] == [("accuracy", run.rule, 0) for run in seeds[:5]]
     assert set(first) < set(others) and set(seeds) < set(other_seeds)
     rest = [run for run in other_seeds if run not in seeds]
     assert [run.task for run in rest] == ["mbpp"] * 20 + ["gsm8k"] * 20
-    assert [run.seed for run in rest] == [seed for seed in range(5) for _ in range(4)] * 2
+    assert [run.seed for run in rest] == [seed for seed in range(5) for _ in range(4)] + [*range(5)] * 4
+    assert [run.rule for run in rest[20:]] == [rule for rule in ("lora", "mofo", "shira", "sift") for _ in range(5)]
     assert set(others) == set(smollm2.one_seed_runs(SIZE))
 
 
@@ -676,8 +678,11 @@ def test_a_tiny_study_of_a_real_model_runs_whole_and_goes_on_from_its_lines(tmp_
     lines = run()
     assert str(tmp_path) not in (results / "study.json").read_text()
     keys = [tuple(x[key] for key in driver.Run.__annotations__) for x in lines]
-    trained = (3 * 2 + 2) + 2 + 2 * 4 + 1 + 1  # rates and keep_ratio of gsm8k; mbpp; seeds; clip; updates
-    assert len(set(keys)) == len(keys) == trained + 2 + 2  # drop beside none of gsm8k, at two rates and two seeds
+    trained = (3 * 2 + 2) + 2 + 2 * 4 + 1 + 1 + 2  # rates and keep_ratio of gsm8k; mbpp; seeds; clip; updates; accuracy
+    assert len(set(keys)) == len(keys) == trained + 2 + 2 + 1  # drop beside none of gsm8k: rates, seeds, accuracy
+    assert {x["rule"] for x in lines if "solved" in x} == {"none", "gmt", "drop"} and json.loads(
+        (results / "bases.json").read_text()
+    ).keys() == {"gsm8k", "mbpp", "wikipedia", "solved", "mmlu"}
     assert not list((models / "smollm2_tiny" / "runs").iterdir())  # no weights are left
     assert all(np.isfinite(x["new"]) for x in lines) and all("masks" in x for x in lines if x["rule"] == "gmt")
     shutil.rmtree(models / "smollm2_tiny" / "data")  # as on another machine, with the committed lines alone

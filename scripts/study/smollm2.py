@@ -3,7 +3,7 @@
     GMT_DATA_DIR=FOLDER STUDY=smollm2 bash scripts/study.sh      # some 14 hours on 2 cores, half of them for
                                                           # what comes first; in results/smollm2
 
-Everything is a loss in nats per token: accuracies of so small a model are near chance (bases.json has its MMLU), while
+What is compared is a loss in nats per token: accuracies of so small a model are near chance (part accuracy), while
 losses on fixed texts differ little between seeds. Learnt is what the loss on the new task's test solutions says (new).
 Retained is what the loss on Wikipedia passages says (retained); the loss on the other task's solutions (other) stands
 beside it. A line of runs.jsonl per scored model, in this order:
@@ -15,9 +15,10 @@ beside it. A line of runs.jsonl per scored model, in this order:
     updates     gmt and rmt at this rate again, to see what share of their updates falls on masked weights
     frontier    SFT at further rates, so that what it retains is known at each loss that others reach
     seeds       every rule at its chosen rate, other samples of the data in another order
+    accuracy    the first seed of the paper's rules again, to count the problems that it solves
 
-All but the last of the first task with the rules that the paper compares come first, then their seeds; then the same of
-the other rules and tasks, of which the seeds of the paper's rules come first.
+All but the last two of the first task with the rules that the paper compares come first, then these two; then the same
+of the other rules and tasks, of which the seeds of the paper's rules come first, then those of one rule after another.
 
 Fixed before the part seeds was run:
 
@@ -103,7 +104,7 @@ class Size:
     batch: int
     golds: dict[str, int]  # test solutions of each task
     passages: int
-    mmlu: int  # questions, for the base model
+    mmlu: int  # questions
     scored_in: str = "bfloat16"
 
 
@@ -180,6 +181,11 @@ def seed_runs(size: Size, lines: Lines) -> list[Run]:
     ]
 
 
+def accuracy_runs(size: Size, lines: Lines) -> list[Run]:
+    """The first seed of the first task's rules that the paper compares; drop comes with SFT."""
+    return [replace(run, part="accuracy") for run in seed_runs(replace(papers(size), seeds=1), lines)]
+
+
 def papers(size: Size) -> Size:
     """The part of a study that is made first: the first task, with the rules of the paper."""
     task, rules = next(iter(size.rules.items()))
@@ -199,8 +205,12 @@ class SmolLM2:
         return {**asdict(self.size), "files": prepare(self.size, folder)}
 
     def bases(self, folder: Path, results: Path, pool: ProcessPoolExecutor) -> None:
-        if not (results / "bases.json").exists():
-            run_folder.write_json(results / "bases.json", pool.submit(score_base, folder).result())
+        file = results / "bases.json"
+        there = run_folder.read_json(file) if file.exists() else {}
+        for score in (losses, accuracies):
+            if not {*SCORES[score]} <= {*there}:
+                there |= pool.submit(score_base, score, folder).result()
+                run_folder.write_json(file, there)
 
     def parts(self) -> tuple[Callable[[Lines], list[Run]], ...]:
         def rates(lines: Lines) -> list[Run]:
@@ -209,14 +219,17 @@ class SmolLM2:
         def seeds(lines: Lines) -> list[Run]:
             return seed_runs(papers(self.size), lines)
 
+        def accuracy(lines: Lines) -> list[Run]:
+            return accuracy_runs(self.size, lines)
+
         def other_rates(lines: Lines) -> list[Run]:
             return one_seed_runs(self.size)
 
         def other_seeds(lines: Lines) -> list[Run]:
             # rules that are compared with each other, together: a comparison waits for all of its seeds
-            return sorted(seed_runs(self.size, lines), key=lambda run: run.rule not in PAPER)
+            return sorted(seed_runs(self.size, lines), key=lambda run: 0 if run.rule in PAPER else ALL.index(run.rule))
 
-        return rates, seeds, other_rates, other_seeds
+        return rates, seeds, accuracy, other_rates, other_seeds
 
     def make(self, run: Run, folder: Path) -> Lines:
         return make(run, self.size, folder)
@@ -326,14 +339,14 @@ def make(run: Run, size: Size, folder: Path) -> Lines:
             "--micro_batch_tokens", "2048",
         ])  # fmt: skip
         line = {**asdict(run), **trained(here), "train_seconds": round(time.monotonic() - start, 1)}
-        lines = [{**line, **scored(folder, here / "final", run.task)}]
+        lines = [{**line, **scored(folder, here / "final", run)}]
         if run.rule == "none" and run.part != "frontier" and "drop" in size.rules[run.task]:
             dropped = here / "dropped" / "final"
             words = ["--base", str(base), "--tuned", str(here / "final"), "--output_dir", str(dropped)]
             merge.main(["drop", *words, "--keep_ratio", str(KEEP_RATIO)])
             of_drop = asdict(replace(run, rule="drop", keep_ratio=KEEP_RATIO))
             # before its own line, which says that the run is there: a cut between the two loses neither
-            lines.insert(0, {**of_drop, **scored(folder, dropped, run.task)})
+            lines.insert(0, {**of_drop, **scored(folder, dropped, run)})
     shutil.rmtree(here)
     return lines
 
@@ -366,27 +379,55 @@ def digits(x: float, n: int = 4) -> float:
     return float(f"{x:.{n}g}")
 
 
-def scored(folder: Path, model: Path, task: str) -> dict[str, Any]:
-    """The losses of a fine-tuned model, and how far it is from the base model."""
+def scored(folder: Path, model: Path, run: Run) -> dict[str, Any]:
+    """The losses of a fine-tuned model, and how far it is from the base model; in part accuracy, accuracies too."""
     start = time.monotonic()
     found = losses(folder, model)
-    (other,) = TEMPLATES.keys() - {task}
+    (other,) = TEMPLATES.keys() - {run.task}
+    more = accuracies(folder, model) if run.part == "accuracy" else {}
     return {
-        "new": found[task], "retained": found["wikipedia"], "other": found[other],
+        "new": found[run.task], "retained": found["wikipedia"], "other": found[other], **more,
         **task_vector(folder / "model", model), "score_seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
 
 
 def losses(folder: Path, model: Path) -> dict[str, float]:
     """Nats per token on both tasks' test solutions and on the passages, in bf16."""
-    data, out = folder / "data", model.parent / "eval"
+    data = folder / "data"
     found = answer_losses(
         model, {t: (data / f"gold_{t}.jsonl", word) for t, word in TEMPLATES.items()}, 512, 4096, True
     )
-    words = ["--model", str(model), "--output_dir", str(out), "--dtype", "bfloat16", "--batch_size", "8"]
-    scores = evaluation.main([*words, "--tasks", f"text_loss={data / 'wikipedia.jsonl'}", "--overwrite"])
-    found["wikipedia"] = score_of(scores)
-    return found
+    return {**found, "wikipedia": evaluated(model, "text_loss", data / "wikipedia.jsonl")}
+
+
+def accuracies(folder: Path, model: Path) -> dict[str, float]:
+    """The share of GSM8K's problems, whose solutions' loss is measured, that greedy answers solve (MetaMath's prompt
+    and rule), and of MMLU's questions that the likelihoods of A to D get right (open-instruct's format, no examples).
+    """
+    problems, golds = model.parent / "problems.jsonl", folder / "data" / "gold_gsm8k.jsonl"
+    rows = [json.loads(line) for line in golds.read_text().splitlines()]
+    write(problems, [{"question": row["query"], "answer": row["response"].rpartition("\n")[0]} for row in rows])
+    return {
+        "solved": evaluated(model, "gsm8k", problems, 32),
+        "mmlu": evaluated(model, "mmlu", folder / "data" / "mmlu.jsonl"),
+    }
+
+
+SCORES = {losses: (*TEMPLATES, "wikipedia"), accuracies: ("solved", "mmlu")}  # what bases.json holds of each
+
+
+def score_base(score: Callable[[Path, Path], dict[str, float]], folder: Path) -> dict[str, float]:
+    """losses() or accuracies() of the model before training."""
+    with logged(folder / "logs" / "base.log"), fast_bf16():
+        return score(folder, folder / "model")
+
+
+def evaluated(model: Path, task: str, items: Path, batch_size: int = 8) -> float:
+    """The score of a task of eval.py on the items of a file."""
+    words = ["--model", str(model), "--output_dir", str(model.parent / "eval"), "--dtype", "bfloat16", "--overwrite"]
+    scores = evaluation.main([*words, "--tasks", f"{task}={items}", "--batch_size", str(batch_size)])
+    (entry,) = scores.values()
+    return next(iter(entry["metrics"].values()))["score"]
 
 
 def task_vector(base: Path, tuned: Path) -> dict[str, float]:
@@ -405,19 +446,3 @@ def task_vector(base: Path, tuned: Path) -> dict[str, float]:
             energy, largest = energy + float(squares.sum()), largest + float(squares[squares >= threshold].sum())
     top = largest / energy if energy else 0.0
     return {"moved": digits(moved / entries), "distance": digits(energy**0.5), "largest_share": digits(top)}
-
-
-def score_base(folder: Path) -> dict[str, Any]:
-    """Losses of the model before training, and its MMLU accuracy (open-instruct's format, without examples)."""
-    with logged(folder / "logs" / "base.log"), fast_bf16():
-        found = losses(folder, folder / "model")
-        words = ["--model", str(folder / "model"), "--output_dir", str(folder / "eval"), "--dtype", "bfloat16"]
-        task = f"mmlu={folder / 'data' / 'mmlu.jsonl'}"
-        scores = evaluation.main([*words, "--batch_size", "8", "--tasks", task, "--overwrite"])
-        return {**found, "mmlu": score_of(scores)}
-
-
-def score_of(scores: dict[str, dict[str, Any]]) -> float:
-    """The score of the one task that eval.py has scored."""
-    (entry,) = scores.values()
-    return next(iter(entry["metrics"].values()))["score"]

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
-from scipy.stats import ttest_rel
+from scipy.stats import binomtest, ttest_rel
 
 from common import run_folder
 from scripts.report import mask_figure
@@ -27,6 +27,7 @@ from scripts.study.smollm2 import (
     RULES,
     TUNING_SEED,
     Size,
+    accuracy_runs,
     choose_rate,
     one_seed_runs,
     papers,
@@ -77,6 +78,7 @@ def write_report(folder: Path) -> str:
         "## Every rate\n", frontier_figure(lines, base, folder / "frontier"), rates_table(size, lines, base),
         "## Seeds\n", seeds_table(size, lines), comparison_table(size, lines),
         "## keep_ratio\n", keep_ratio_figure(lines, base, folder / "keep_ratio"), keep_ratio_table(lines, base),
+        "## Accuracy\n", accuracy_table(size, lines, base),
         "## Clipping before or after masking\n", clip_table(lines),
         "## What the masks keep\n", masks_text(lines, folder),
     ]  # fmt: skip
@@ -112,7 +114,8 @@ def usable(lines: Lines) -> Lines:
     """The lines but those of seeds at another than the rule's chosen rate; each with excess, what it retains less than
     SFT's frontier at its loss on the new task, or None."""
     chosen = {(x["task"], x["rule"]): choose_rate(lines, x["task"], x["rule"]) for x in lines}
-    lines = [x for x in lines if x["part"] != "seeds" or x["learning_rate"] == chosen[x["task"], x["rule"]]]
+    of_chosen = ("seeds", "accuracy")
+    lines = [x for x in lines if x["part"] not in of_chosen or x["learning_rate"] == chosen[x["task"], x["rule"]]]
     frontiers = {task: sft_frontier(lines, task) for task in TASKS}
     at = [frontiers[line["task"]](line["new"]) for line in lines]
     return [{**x, "excess": None if f is None else x["retained"] - f} for x, f in zip(lines, at, strict=True)]
@@ -242,11 +245,13 @@ def header(size: Size, lines: Lines, about: dict, base: dict) -> str:
     else:
         later = seed_runs(papers(size) if left else size, lines)
         counts.append(f"seeds {len(later) - len(missing(later, lines))} of {len(later)} runs")
+        of_part = accuracy_runs(size, lines)
+        counts.append(f"accuracy {len(of_part) - len(missing(of_part, lines))} of {len(of_part)} runs")
     hours = sum(x.get("train_seconds", 0) + x["score_seconds"] for x in lines) / 3600
+    not_run = [NAMES[rule] for rule in size.rules["gsm8k"] if rule not in size.rules["mbpp"]]
     hardware, before = about["hardware"], NOT_YET
     if base:
         before = ", ".join(f"{TASKS.get(key, 'Wikipedia')} {base[key]:.4f}" for key in (*TASKS, "wikipedia"))
-        before += f"; MMLU {100 * base['mmlu']:.1f} % of {size.mmlu} questions, where guessing gives 25 %"
     return f"""# The paper's claims on a real model, SmolLM2-135M-Instruct
 
 Written by `python scripts/report.py` from [runs.jsonl](runs.jsonl), a line per scored model, made by
@@ -259,12 +264,11 @@ on {hardware["cpu_count"]} cores ({hardware["gpu"] or "no GPU"}). The runs' hour
 The model of 134.5 million parameters ([scripts/get_smollm2.py](../../scripts/get_smollm2.py)) is fine-tuned for
 {size.steps} steps of {size.batch} examples on GSM8K's training problems (MetaMath's prompt) or on MBPP's training split
 (Magicoder's), in bf16 with fp32 master weights, linear schedule, 10 % warm-up. Where a processor has no bf16,
-its products are made in fp32 and rounded ([scripts/study/bf16.py](../../scripts/study/bf16.py)). All scores are losses
-in nats per token; less is better.
+its products are made in fp32 and rounded ([scripts/study/bf16.py](../../scripts/study/bf16.py)). Scores are losses in
+nats per token, of which less is better, but for the [accuracies](#accuracy), which are too low to compare.
 Learnt: the loss on {size.golds["gsm8k"]} (GSM8K) or {size.golds["mbpp"]} (MBPP) test solutions.
 Retained: the loss on {size.passages} Wikipedia passages. Before training: {before}.
-No accuracy of the fine-tuned models is measured: the base model's, on MMLU, is near chance. Not run on MBPP, to save
-time: {", ".join(NAMES[rule] for rule in size.rules["gsm8k"] if rule not in size.rules["mbpp"])}.
+Not run on MBPP, to save time: {", ".join(not_run)}.
 keep_ratio is {KEEP_RATIO} but where it is varied. What is compared, and what counts as a difference (at least
 {MARGIN} nats), was fixed before the seeds were run: [scripts/study/smollm2.py](../../scripts/study/smollm2.py).
 ± is the 95 % interval over seeds (Student's t; p-values are corrected, it is not): of the data's sample and order, not
@@ -393,6 +397,30 @@ def keep_ratio_table(lines: Lines, base: dict) -> str:
         return f"{NOT_YET}\n"
     head = ["task", "rate", "keep_ratio", "new", "rise of Wikipedia", "above SFT's frontier", "energy kept, %"]
     return table(head, rows) + "\ngmt, one seed. Energy: the sum of squared gradients, mean over steps.\n"
+
+
+def accuracy_table(size: Size, lines: Lines, base: dict) -> str:
+    """Shares of problems solved, before training and after, with Wilson's intervals."""
+    questions = {"solved": size.golds["gsm8k"], "mmlu": size.mmlu}
+
+    def cells(x: dict) -> list[str]:
+        found = []
+        for metric, n in questions.items():
+            low, high = binomtest(round(x[metric] * n), n).proportion_ci(method="wilson")
+            found.append(f"{100 * x[metric]:.1f} ({100 * low:.1f} to {100 * high:.1f})")
+        return found
+
+    rows = [["before training", "-", *cells(base)]] if {*questions} <= {*base} else []
+    for rule in RULES:
+        for x in of(lines, part="accuracy", rule=rule):
+            rows.append([NAMES[rule], rate_words(size, lines, x["task"], rule, x["learning_rate"]), *cells(x)])
+    if not rows:
+        return f"{NOT_YET}\n"
+    return table(["rule", "rate", "GSM8K, %", "MMLU, %"], rows) + (
+        f"\nTrained on GSM8K, the first of the seeds. GSM8K: greedy answers to the {questions['solved']} test problems "
+        f"whose solutions' loss is measured. MMLU: {questions['mmlu']} questions by likelihood, where guessing gives "
+        "25 %. In brackets Wilson's 95 % interval.\n"
+    )
 
 
 def clip_table(lines: Lines) -> str:
