@@ -143,7 +143,8 @@ def test_fsdp2_runs_agree_with_one_process_in_fp64(tmp_path, train_args, model_d
         assert shares[0] == pytest.approx(shares[1]) and (shares[0][0] is None) == ("--mask_update_share" not in args)
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
 def test_fsdp2_with_other_numbers_of_chunks_on_each_process(tmp_path, train_args, tied):
     """A process with more chunks of the loss issues the same collectives as one with fewer; the numbers are the same.
 
