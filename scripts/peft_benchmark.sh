@@ -8,8 +8,9 @@
 # RUNS chooses among: none (SFT, fp32 masters), none_bf16 (SFT as the benchmark's: bf16 weights and moments), rmt, gmt,
 # gmt_frozen, mofo, shira and lora (as the benchmark's own). KEEP_RATIO, SEEDS, OUT, DATA_DIR, HUB_DIR, EVAL_ARGS and
 # arguments, which go to train.py: as in scripts/reproduce/reproduce.sh. A seed changes nothing where nothing is random, since
-# the benchmark does not shuffle; `--shuffle true` does, in another OUT. Results: OUT/RUN_seedS/{final,eval}, OUT/base,
-# OUT/{report.md,benchmark.md,benchmark.csv}.
+# the benchmark does not shuffle: more SEEDS of none, gmt and mofo show the noise of the GPU alone. The model is gated: log in
+# by `hf auth login`. Results: OUT/RUN_seedS/{final,eval}, OUT/base, OUT/{report.md,benchmark.md,benchmark.csv}.
+# Other learning rates, whatever they are chosen by: RUNS="none gmt" OUT=outputs/peft_2e-5 with `--learning_rate 2e-5`.
 set -euo pipefail
 for name in MODELS MODEL RULES RULE; do
     [ -z "${!name:-}" ] || { echo "$(basename "$0"): error: $name: RUNS and SEEDS say what is run" >&2; exit 2; }
@@ -37,7 +38,8 @@ words_of_run() { # words_of_run RUN SEED: of a training, in the array `words`, w
         rmt | gmt | mofo) words+=(--rule "$1" --keep_ratio "$KEEP_RATIO") ;;
         gmt_frozen) words+=(--rule gmt --masked_weights frozen --keep_ratio "$KEEP_RATIO") ;;
         # its SHiRA trains r (n + m) of n m weights of each matrix with r = 32: 9,175,040 in all. Its decay is of the change.
-        shira) words+=(--rule shira --train_only '*q_proj.weight' '*v_proj.weight' --keep_ratio 0.02604
+        # What is clipped is its trained values alone: the gradient after masking.
+        shira) words+=(--rule shira --train_only '*q_proj.weight' '*v_proj.weight' --keep_ratio 0.02604 --clip after
             --learning_rate 3e-4 --weight_decay 0) ;;
         lora) words+=(--rule none --adapter lora --lora_rank 32 --lora_alpha 64 --lora_targets q_proj v_proj
             "${bf16[@]}" --learning_rate 1e-4 --weight_decay 0.1) ;;

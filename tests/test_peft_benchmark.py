@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, write_rows
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -236,7 +237,8 @@ def test_dry_run_plans_all_runs_without_model_and_data(tmp_path):
     """And its trainings fit; LoRA trains as many weights as peft's; the words are those of the published rows."""
     done = script("--dry_run", "--max_grad_norm", "2.0", OUT=str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    commands = [line for line in done.stdout.splitlines() if line.startswith("accelerate launch train.py")]
+    launch = "accelerate launch --config_file configs/accelerate/single_gpu.yaml --num_processes 1 train.py "
+    commands = [line for line in done.stdout.splitlines() if line.startswith(launch)]
     cells = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in cells] == RUNS and len(commands) == 8 and not (tmp_path / "out").exists()
     of = dict(zip(RUNS, commands, strict=True))
@@ -244,7 +246,8 @@ def test_dry_run_plans_all_runs_without_model_and_data(tmp_path):
     assert "--rule none --master_dtype bfloat16 --mixed_precision fp32 --max" in of["none_bf16"]
     assert "--rule gmt --masked_weights frozen --keep_ratio 0.2 " in of["gmt_frozen"]
     assert "--lora_rank 32 --lora_alpha 64 --lora_targets q_proj v_proj" in of["lora"]
-    assert "--learning_rate 1e-4 --weight_decay 0.1" in of["lora"] and "--learning_rate 3e-4" in of["shira"]
+    assert "--learning_rate 1e-4 --weight_decay 0.1" in of["lora"]
+    assert "--keep_ratio 0.02604 --clip after --learning_rate 3e-4 --weight_decay 0" in of["shira"]
     held = {row[0]: float(row[2].removesuffix(" GiB")) for row in cells}
     assert max(held.values()) < 79 - 1.5 and held["none_bf16"] < 40 and held["lora"] < 20
     weights = {row[0]: row[1] for row in cells}
@@ -297,6 +300,8 @@ def folders(tmp_path):
             scores["gsm8k_peft.peft"] = {"task": "gsm8k_peft", "model": model, "n": 1319, "metrics": {"correct": value}}
             config = {"model": "m", "rule": rule, "keep_ratio": None, "seed": 0, "objective": "sft"}
             config |= {"learning_rate": 1e-5, "weight_decay": 0.01}
+            protocol = yaml.safe_load(report.CONFIG.read_text())
+            config |= {key: protocol[key] for key in report.PROTOCOL}
             (folder / "run.json").write_text(json.dumps({"config": config}))
             lines = [
                 {"loss": 9.0 if s < 100 else 0.6, "step": s, "tokens": s * 11995, "peak_memory_gib": 40 + s}
@@ -333,6 +338,9 @@ def test_what_is_not_the_benchmark_is_said(folders):
     scores = json.loads((folders[1] / "scores.json").read_text())
     scores["gsm8k_peft.peft"]["n"] = 100
     (folders[1] / "scores.json").write_text(json.dumps(scores))
+    about = json.loads((folders[2].parent / "run.json").read_text())
+    about["config"] |= {"shuffle": True, "max_steps": 400, "keep_ratio": 0.01}
+    (folders[2].parent / "run.json").write_text(json.dumps(about))
     write_rows(folders[2].parent / "metrics.jsonl", [{"step": 1, "loss": 1.0, "tokens": 999, "peak_memory_gib": 1.0}])
     texts = report_runs.read_runs(folders)
     texts[0].scores["text_loss.peft"]["score"] = 2.5
@@ -341,8 +349,12 @@ def test_what_is_not_the_benchmark_is_said(folders):
         "not the benchmark's: the base model's loss on texts is 2.5000, not 1.58611",
         "gmt_seed0: 100 items were answered, not 1,319",
         "x: it was trained on 999 tokens, not 4,198,051",
+        "x: shuffle True, not False",
+        "x: max_steps 400, not 5000",
+        "| **ours/x, keep_ratio 0.01** |",
     ):
         assert words in text
+    assert text.count("not the benchmark's") == 5
     with pytest.raises(UserError, match="none of these folders has the score gsm8k_peft"):
         report.report(texts[:1])
 
@@ -363,7 +375,7 @@ def test_whole(tmp_path):
         config = json.loads((out / f"{run}_seed0/run.json").read_text())["config"]
         assert (config["train_on_prompt"], config["shuffle"], config["template"]) == (True, False, "peft_metamath")
         scores = json.loads((out / f"{run}_seed0/eval/scores.json").read_text())
-        assert scores.keys() == {"gsm8k_peft.peft", "text_loss.peft"} and f"| **ours/{run}_seed0** | " in text
+        assert scores.keys() == {"gsm8k_peft.peft", "text_loss.peft"} and f"| **ours/{run}_seed0" in text
     assert json.loads((out / "base/eval/scores.json").read_text()).keys() == {"text_loss.peft"}
     base = load_file(next((out / "reduced/models/meta-llama/Llama-3.2-3B").glob("*.safetensors")))
     for run, kinds, most in (("gmt_frozen", 8, 0.5), ("shira", 2, 0.027)):  # the share of a matrix that has moved

@@ -310,8 +310,19 @@ def test_texts_that_were_downloaded_are_taken(run, tmp_path):
     (hub / "text_loss.jsonl").touch()
     words = {"MODELS": "mistral_7b", "RULES": "none", "HUB_DIR": str(hub)}
     assert finish(run("reproduce_math.sh", **words))[0] == 0
-    scored = f"math mmlu text_loss={hub}/text_loss.jsonl --overwrite"
-    assert set(scorings(calls(tmp_path)).values()) == {scored}
+    scored = f"math mmlu text_loss={hub}/text_loss.jsonl"
+    assert set(scorings(calls(tmp_path)).values()) == {f"{scored} --overwrite"}
+    copies = tmp_path / "benchmarks"  # which have texts of their own
+    copies.mkdir()
+    assert finish(run("reproduce_math.sh", **words, OUT="b", DATA_DIR=str(copies)))[0] == 0
+    assert set(scorings(calls(tmp_path)).values()) == {f"{scored} --data_dir {copies} --overwrite"}
+
+
+@pytest.mark.parametrize("script", ["reproduce_math.sh", "sweep_keep_ratio.sh"])
+def test_a_dry_run_plans_and_stops(run, tmp_path, script):
+    code, out, err = finish(run(script, DRY_RUN="1"))
+    assert code == 0 and stages(out) == ["plan"], err
+    assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/reproduce/dry_runs.py"]
 
 
 def test_pefts_benchmark_run_by_run(run, tmp_path):

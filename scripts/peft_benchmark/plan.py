@@ -17,6 +17,7 @@ from scripts.reproduce.reduced import SHAPES
 from training import plan
 from training.masking import build_masker, freeze
 
+LAUNCH = "accelerate launch --config_file configs/accelerate/single_gpu.yaml --num_processes 1"
 HEAD = ["run", "weights trained", "memory, at least", "H100 hours at 40 %", "final model", "a checkpoint"]
 NOTES = """\
 Memory is that of weights, gradients, AdamW, masks and the activations of 4 x 768 tokens; what kernels need in passing
@@ -55,7 +56,7 @@ def main() -> None:
     for is_separator, group in groupby(sys.argv[1:], lambda word: word == "--"):
         if not is_separator:
             name, *words = group
-            print(f"accelerate launch train.py {shlex.join(words)}")
+            print(f"{LAUNCH} train.py {shlex.join(words)}")
             row, final, checkpoints = of_run(name, words, counted)
             rows.append(row)
             finals, most = finals + final, max(most, checkpoints)

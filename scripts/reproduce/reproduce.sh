@@ -14,6 +14,7 @@
 #                           code, and empty (RETAINED=) nothing. text_loss=FILE takes texts of your own; else they are
 #                           HUB_DIR/text_loss.jsonl of scripts/download.py, Wikipedia of the Hub, or TyDiQA's of DATA_DIR
 #   DPO_ARGS                more words for DPO's trainings (reproduce_general.sh)
+#   DRY_RUN=1               plan all trainings, on the real model and data, and stop
 #   REDUCED=1               the whole of it on a CPU in minutes, offline: small random models of the same architectures, a
 #                           few rows and items, two steps; its scores mean nothing
 # Arguments go to train.py, but for DPO's trainings: bash scripts/reproduce_math.sh --learning_rate 1e-5
@@ -113,23 +114,20 @@ train_and_tidy() { # train_and_tidy RUN ARGS...: of a finished run its checkpoin
 }
 
 evaluate() { # evaluate MODEL FOLDER FORMAT TASKS: scores in FOLDER/eval, of prompts in a format (empty: each task's own)
-    local words=() task hub=()
-    [ -z "$3" ] || words=(--prompt_format "$3")
-    local name=${2#"$OUT"/}/eval${3:+_$3}
+    local words=() task tasks=() name=${2#"$OUT"/}/eval${3:+_$3}
+    [ -z "$DATA_DIR" ] || words=(--data_dir "$DATA_DIR")
+    [ -z "$3" ] || words+=(--prompt_format "$3")
     words+=(${eval_args[@]+"${eval_args[@]}"})
-    if [ -n "$DATA_DIR" ]; then
-        score "$name" "$1" "$2/eval" --tasks $4 --data_dir "$DATA_DIR" "${words[@]}"
-        return
-    fi
     for task in $4; do
         case $task in
-            bbh) ;;
-            text_loss) hub+=("$task${texts:+=$texts}") ;;
-            *) hub+=("$task") ;;
+            text_loss) tasks+=("$task${texts:+=$texts}") ;;
+            bbh) if [ -n "$DATA_DIR" ]; then tasks+=(bbh); else
+                score "${name}_bbh" "$1" "$2/eval" --tasks bbh --data_dir "$OUT/bbh" ${words[@]+"${words[@]}"}
+            fi ;;
+            *) tasks+=("$task") ;;
         esac
     done
-    if [[ " $4 " = *" bbh "* ]]; then score "${name}_bbh" "$1" "$2/eval" --tasks bbh --data_dir "$OUT/bbh" "${words[@]}"; fi
-    if [ ${#hub[@]} != 0 ]; then score "$name" "$1" "$2/eval" --tasks "${hub[@]}" ${words[@]+"${words[@]}"}; fi
+    [ ${#tasks[@]} = 0 ] || score "$name" "$1" "$2/eval" --tasks "${tasks[@]}" ${words[@]+"${words[@]}"}
 }
 
 fetch_bbh() { # the Hub has BBH's questions, and not its prompts
@@ -155,11 +153,13 @@ words_of_drop() { # words_of_drop MODEL BASE SEED: of scripts/merge.py, in the a
 }
 
 run_plans() { # what train.py and merge.py would refuse comes out before the first training; memory, disk, steps are told
-    [ ${#planned[@]} != 0 ] || return 0
-    export WORLD_SIZE=$NPROC # for these alone: a launcher sets its own
-    if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then export ACCELERATE_USE_FSDP=true FSDP_VERSION=2; fi
-    stage plan "" scripts/reproduce/dry_runs.py "${planned[@]}"
-    unset WORLD_SIZE ACCELERATE_USE_FSDP FSDP_VERSION
+    if [ ${#planned[@]} != 0 ]; then
+        export WORLD_SIZE=$NPROC # for these alone: a launcher sets its own
+        if grep -q '^distributed_type: FSDP' "$ACCELERATE_CONFIG"; then export ACCELERATE_USE_FSDP=true FSDP_VERSION=2; fi
+        stage plan "" scripts/reproduce/dry_runs.py "${planned[@]}"
+        unset WORLD_SIZE ACCELERATE_USE_FSDP FSDP_VERSION
+    fi
+    [ -z "${DRY_RUN:-}" ] || exit 0
 }
 
 plan_all() { # the trainings of all models, with the first seed
