@@ -31,9 +31,9 @@ Fixed before the part seeds was run:
 - gmt and gmt frozen are compared with SFT, rmt, hft and drop, every other rule with SFT, seed by seed, in new, retained
   and excess, once all seeds of the rules are there. A difference is one if it is at least MARGIN and the p-value of the
   paired t test, corrected by Holm, is below 0.05. Corrected are all pairs of a task and measure, those of the rules
-  that the paper compares and the others apart; a pair that cannot be compared counts. There is no difference if the
-  95 % interval lies within MARGIN of 0; else this study cannot tell. Seeds alone vary in it: base model, test items,
-  rates and frontier do not.
+  that the paper compares and the others apart; a pair that cannot be compared counts. They are less than MARGIN apart
+  if the 95 % interval lies within MARGIN of 0; else this study cannot tell. Seeds alone vary in it: base model, test
+  items, rates and frontier do not.
 - keep_ratio does not matter if from 0.05 up, at both rates, new stays within 5 % of what SFT gains at that rate (base
   minus SFT) of that at 0.2; it does if it leaves that range by MARGIN or more; else this study cannot tell.
 """

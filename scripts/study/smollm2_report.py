@@ -46,7 +46,7 @@ STYLE = {
 }  # fmt: skip
 PAIRS = [(rule, other) for rule in ("gmt", "gmt_frozen") for other in ("none", "rmt", "hft", "drop")]
 PAIRS += [(rule, "none") for rule in ("rmt", "hft", "drop", "lora", "mofo", "shira", "sift")]
-NOT_YET, NOT_COMPARED, NO_DIFFERENCE = "not run yet", "not compared", "no difference"
+NOT_YET, NOT_COMPARED, WITHIN_MARGIN = "not run yet", "not compared", f"less than {MARGIN} apart"
 
 
 def verdicts(folder: Path) -> dict[str, dict[str, str]]:
@@ -159,11 +159,11 @@ def comparisons(size: Size, lines: Lines, task: str) -> list[dict]:
 
 
 def verdict(found: dict) -> str:
-    """Whether less of a loss is left: holds, the contrary does, no difference, or none of these can be told."""
+    """Whether less of a loss is left: holds, the contrary does, less than MARGIN apart, or neither can be told."""
     if found["corrected"] < LEVEL and abs(found["mean"]) >= MARGIN:
         word = HOLDS if found["mean"] < 0 else CONTRARY
     else:
-        word = NO_DIFFERENCE if abs(found["mean"]) + found["half"] < MARGIN else UNTOLD
+        word = WITHIN_MARGIN if abs(found["mean"]) + found["half"] < MARGIN else UNTOLD
     return f"{word}: {found['mean']:+.4f} ± {found['half']:.4f} nats, p = {found['corrected']:.2g}, n = {found['n']}"
 
 
@@ -283,10 +283,11 @@ def claims_table(size: Size, lines: Lines, base: dict) -> str:
         "## What became of the claims\n\n"
         + table(["claim", *TASKS.values()], rows)
         + "\nDifferences of losses at each rule's chosen rate, but for keep_ratio's (negative: the first rule is "
-        f'better). No difference: the interval lies within {MARGIN} nats of 0. "At the same new skill" compares what '
-        "is retained with SFT's frontier at the loss on the new task that a run has reached: a rule that learns less "
-        "and forgets less may just have taken smaller steps. A rule that learns more than SFT at its best is held "
-        "against that. keep_ratio matters where gmt's loss on the new task differs by more than 5 % of what SFT "
+        f"better). Less than {MARGIN} apart: the whole interval lies within {MARGIN} nats of 0, whether it contains 0 "
+        'or not. "At the same new skill" compares what is retained with SFT\'s frontier (what SFT retains over its '
+        "rates) at the loss on the new task that a run has reached: a rule that learns less and forgets less may just "
+        "have taken smaller steps. A rule that learns more than SFT ever does is compared with SFT at its best. "
+        "keep_ratio matters where gmt's loss on the new task differs by more than 5 % of what SFT "
         f"gains; below {LEAST_KEEP_RATIO} nothing is claimed, and the table below shows what was measured.\n"
         + "".join(map(level_text, size.rules, itertools.repeat(lines)))
     )
