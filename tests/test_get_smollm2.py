@@ -22,6 +22,17 @@ def test_other_files_are_refused(tmp_path):
     assert done.returncode == 2 and "exists already" in done.stderr and (tmp_path / "x.gguf").exists()
 
 
+def test_without_gguf_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(get_smollm2, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["get_smollm2.py", str(tmp_path / "new")])
+    tested = next(
+        line.split()[0] for line in (ROOT / "requirements-dev.txt").read_text().splitlines() if "gguf" in line
+    )
+    with pytest.raises(UserError, match=f"needs the package gguf: python -m pip install {tested}$"):
+        get_smollm2.main()
+    assert all(f"pip install {tested}" in (ROOT / page).read_text() for page in ("README.md", "docs/training.md"))
+
+
 @pytest.mark.slow
 def test_the_model_is_an_ordinary_folder_and_answers(tmp_path):
     """Greedy answers whose every token leads the next best by over 0.05, hundreds of times fp32's rounding."""
