@@ -12,9 +12,10 @@ def largest_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id of a token that may stand in a text.
 
     A placeholder of images or sounds may not, and may lie beyond the embedding: Gemma-3-1b's tokenizer is that of its
-    multimodal siblings.
+    multimodal siblings. Nor may padding, which some models were trained without.
     """
-    placeholders = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    placeholders = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video", "pad")}
+    placeholders -= {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
     return max(i for token, i in tokenizer.get_vocab().items() if token not in placeholders)
 
 

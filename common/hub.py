@@ -15,10 +15,13 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from common import integrity
+from common import integrity, run_folder
 from common.errors import UserError, one_line
 
 CARD = "README.md"  # of a model
+
+# Else transformers asks a service to convert a model of .bin files in public, from every process that loads it.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 # Modules that wrap a model or one of its layers, and so enter the names of its weights: torch.compile,
 # DistributedDataParallel, FSDP1, activation checkpointing, Lightning and DeepSpeed, PEFT.
@@ -84,6 +87,15 @@ def _find_special_tokens_in_texts(tokenizer: PreTrainedTokenizerBase) -> None:
         if backend.token_to_id(token.content) not in backend.encode(f"a{token.content}a", add_special_tokens=False).ids:
             places = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
             backend.add_special_tokens([AddedToken(token.content, normalized=False, special=True, **places)])
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """tokenizer.save_pretrained, and what transformers 5 leaves out: Llama's `legacy`, by which a text behind a special
+    token begins with a space or not."""
+    tokenizer.save_pretrained(folder)
+    if getattr(tokenizer, "legacy", False):
+        file = folder / "tokenizer_config.json"
+        run_folder.write_json(file, {**run_folder.read_json(file), "legacy": True})
 
 
 def load_weights(

@@ -286,15 +286,15 @@ def render(template: Pair | Conversation, row: dict[str, Any], tokenizer: PreTra
     """The segments of a row of load_rows.
 
     Raises:
-        LeftOut: a message is empty.
-        UserError: the row cannot be rendered; a response is empty.
+        LeftOut: a message (but the system's) or a response is empty.
+        UserError: the row cannot be rendered.
     """
     if isinstance(template, Conversation):
         row = with_extras(row)
         return _render_messages(template, row[MESSAGES], _variables(row, template.columns), tokenizer)
     prompt, response = template.render(row)
     if not response.strip():
-        raise UserError("the response is empty")
+        raise LeftOut("an empty response")
     return [Segment(prompt, False), Segment(response, True)]
 
 
@@ -313,7 +313,9 @@ def _render_messages(
     variables: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Segment]:
-    if not messages or any(not (m["content"] or "").strip() and not m.get("tool_calls") for m in messages):
+    # An empty system message says nothing, and stays, as in open-instruct: Tulu V2 has conversations with one.
+    said = [m for m in messages if m["role"] != "system"]
+    if not said or any(not (m["content"] or "").strip() and not m.get("tool_calls") for m in said):
         raise LeftOut("an empty message")
     return template.render([{**m, "content": m["content"] or ""} for m in messages], tokenizer, variables)
 

@@ -58,8 +58,10 @@ def load_for_generation(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, 
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if not ends:
         raise UserError(f"model {config.model}: neither it nor its tokenizer names an end-of-sequence token")
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    context = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
+    text_config, padding = architecture.get_text_config(), tokenizer.pad_token_id
+    if padding is None or padding >= text_config.vocab_size:
+        padding = min(ends)
+    context = getattr(text_config, "max_position_embeddings", None) or math.inf
     cached_tokens = config.kv_cache_gib * 2**30 // bytes_per_token(network)
     return Model(network, tokenizer, frozenset(ends), padding, context, cached_tokens)
 

@@ -229,7 +229,6 @@ def test_a_rule_on_the_command_line_takes_the_place_of_the_yamls(tmp_path):
         (GOOD + '{"query": 3, "response": "r"}\n', "line 2: column 'query' must be text, got int"),
         (GOOD + '{"query": [1], "response": "r"}\n', "line 2: column 'query' must be text, got list"),
         (GOOD + '{"query": "q", "response": "\\ud800"}\n', "line 2: column 'response' holds half of a surrogate pair"),
-        (GOOD + '{"query": "q", "response": " "}\n', "row 2 of the dataset: the response is empty"),
     ],
 )
 def test_rows(run, tmp_path, content, message):
@@ -237,7 +236,7 @@ def test_rows(run, tmp_path, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as error:
         run(dataset=path)
-    assert "rows.jsonl" in str(error.value) or "row 2" in str(error.value)
+    assert "rows.jsonl" in str(error.value)
 
 
 def test_gzip_array_parquet_and_folder(run, tmp_path):

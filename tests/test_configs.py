@@ -66,8 +66,8 @@ def test_it_fits_on_its_card(name):
     assert sum(held.values()) / 2**30 < CARDS[name] - 1.5
 
 
-def test_a_placeholder_of_images_may_lie_beyond_the_embedding(model_dir):
-    """Gemma-3-1b's tokenizer has one; any other token there is a fault."""
+def test_placeholders_may_lie_beyond_the_embedding(model_dir):
+    """Gemma-3-1b's tokenizer has one of images, others a padding; any other token there is a fault."""
     from transformers import AutoConfig, AutoTokenizer
 
     from common.compatibility import largest_text_id, refuse_unscorable
@@ -75,6 +75,9 @@ def test_a_placeholder_of_images_may_lie_beyond_the_embedding(model_dir):
     config = AutoConfig.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, extra_special_tokens={"image_token": "<image_soft_token>"})
     assert len(tokenizer) == config.vocab_size + 1 and largest_text_id(tokenizer) == config.vocab_size - 1
+    refuse_unscorable("a model", config, tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    assert tokenizer.pad_token_id == config.vocab_size + 1
     refuse_unscorable("a model", config, tokenizer)
     tokenizer.add_tokens(["<word>"])
     with pytest.raises(UserError, match="do not belong together"):

@@ -93,6 +93,17 @@ def folders(tmp_path):
     return str(base), str(tuned)
 
 
+def as_bin(folder):
+    """Its weights in the old format, as some models are published."""
+    for path in Path(folder).glob("*.safetensors"):
+        torch.save(load_file(path), path.with_name(path.name.replace("model", "pytorch_model")).with_suffix(".bin"))
+        path.unlink()
+    index = Path(folder) / "model.safetensors.index.json"
+    text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+    index.with_name("pytorch_model.bin.index.json").write_text(text)
+    index.unlink()
+
+
 def weights(folder):
     return {n: t for path in Path(folder).glob("*.safetensors") for n, t in load_file(path).items()}
 
@@ -117,6 +128,24 @@ def test_of_folders_with_several_files(tmp_path, folders, capsys):
     assert f"- part: {base}, base\n- part: {tuned}, fine-tuned\n" in text and "arXiv 2406.15330" in text
 
 
+def test_a_base_of_bin_files(tmp_path, folders):
+    base, tuned = folders
+    words = ["--base", base, "--tuned", tuned, "--keep_ratio", "0.25", "--output_dir"]
+    merge.main(["drop", *words, str(tmp_path / "expected")])
+    as_bin(base)
+    merge.main(["drop", *words, str(tmp_path / "dry"), "--dry_run"])
+    merge.main(["drop", *words, str(tmp_path / "out")])
+    expected, out = weights(tmp_path / "expected"), weights(tmp_path / "out")
+    assert all(torch.equal(out[name], value) for name, value in expected.items())
+    with pytest.raises(UserError, match="base has .bin files alone: load and save it by transformers once"):
+        merge.main(["average", "--models", base, tuned, "--output_dir", str(tmp_path / "mean")])
+    shutil.copytree(base, tmp_path / "cut")
+    damaged = next((tmp_path / "cut").glob("*.bin"))
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(UserError, match="base .*cut: a file of its weights is damaged: "):
+        merge.main(["drop", "--base", str(tmp_path / "cut"), *words[2:], str(tmp_path / "no")])
+
+
 def test_the_base_may_be_of_the_hub(tmp_path, folders, monkeypatch):
     base, tuned = folders
     asked = []
@@ -125,7 +154,11 @@ def test_the_base_may_be_of_the_hub(tmp_path, folders, monkeypatch):
     )
     words = ["--tuned", tuned, "--output_dir", str(tmp_path / "out"), "--keep_ratio", "0.25"]
     merge.main(["drop", *words, "--base", "owner/name"])
-    assert asked == [(("owner/name",), {"allow_patterns": ["model*.safetensors", "*.json", "*.jinja", "*.model"]})]
+    wanted = {"allow_patterns": ["model*.safetensors", "*.json", "*.jinja", "*.model"]}
+    assert asked == [(("owner/name",), wanted)]
+    as_bin(base)
+    merge.main(["drop", *words[:2], "--output_dir", str(tmp_path / "bin"), *words[4:], "--base", "owner/name"])
+    assert asked[1:] == [(("owner/name",), wanted), (("owner/name",), {"allow_patterns": "pytorch_model*.bin"})]
     monkeypatch.undo()
     with pytest.raises(UserError, match="base owner/name cannot be fetched: .*"):
         merge.main(["drop", "--base", "owner/name", *words[:2], "--output_dir", str(tmp_path / "other"), *words[4:]])
@@ -137,11 +170,11 @@ def test_the_base_may_be_of_the_hub(tmp_path, folders, monkeypatch):
         (["--keep_ratio", "0"], r"keep_ratio must be in \(0, 1\], got 0.0"),
         (["--drop_largest", "0.8"], r"drop_largest must be in \[0, 1 - keep_ratio\], got 0.8"),
         (["--drop_largest", "0.1", "--by", "random"], "no meaning with by random"),
-        (["--base", "/no/such"], "base /no/such: no folder with .safetensors files"),
+        (["--base", "/no/such"], "base /no/such: no folder with a model's weights"),
         (["--exclude", "nothing"], "exclude pattern 'nothing' matches none of the 21"),
         (["--base", "WIDER"], r"lm_head.weight is \[259, 48\] in base, \[259, 32\] in tuned"),
         (["--base", "SHALLOW"], "has no tensor model.layers.1.* not the tuned one's base"),
-        (["--base", "CUT"], "a safetensors file is damaged"),
+        (["--base", "CUT"], "a file of its weights is damaged"),
         (["--base", "POINTER"], "damaged: model.safetensors is no safetensors file .a pointer of Git LFS"),
         (["--tuned", "WRAPPED"], "tuned .*WRAPPED: the weights are not those of the model: .*'_orig_mod.'"),
         (["--dry_run", "--exclude", "nothing"], "exclude pattern 'nothing' matches none of the 21"),
@@ -292,11 +325,11 @@ def test_an_average_holds_the_mean_and_one_tensor_more(tmp_path, parts, monkeypa
         (["{0}", "{1}", "--weights", "1", "-1"], "weights: expected numbers above 0, got 1 -1"),
         (["{0}", "{1}", "--weights", "1", "x"], "weights: expected numbers above 0, got 1 x"),
         (["{0}", "{1}", "--output_dir", "{0}"], "output_dir .*base exists already"),
-        (["{0}", "no/such/model"], "model no/such/model: no folder with .safetensors files"),
+        (["{0}", "no/such/model"], "model no/such/model: no folder with a model's weights"),
         (["{0}", "wider"], "model .*wider is not of the architecture of .*base: .*; hidden_size is 48, there 32"),
         (["{0}", "rope"], "model .*rope is not of the architecture of .*base: rope_parameters is "),
         (["{0}", "words"], "model .*words has not the vocabulary of .*base: token '<(pad|new)>' differs"),
-        (["{0}", "cut"], "a safetensors file is damaged"),
+        (["{0}", "cut"], "a file of its weights is damaged"),
     ],
 )
 def test_an_average_refuses(tmp_path, folders, words, message):

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from conftest import make_model, write_rows
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer
 
 import train
 from common import sources, templates
 from common.errors import UserError
-from common.hub import from_pretrained
+from common.hub import from_pretrained, save_tokenizer
 from training import data
 
 USER, ASSISTANT = "user", "assistant"
@@ -165,6 +165,22 @@ def test_empty_messages_are_left_out_and_counted(tmp_path, tokenizer):
     examples = data.tokenise(rows, tokenizer, "tulu", 512)
     assert (len(examples), examples.truncated) == (1, 0)
     assert examples.left_out == {"an empty message": 4, "no token to train on within max_length": 1}
+
+
+def test_an_empty_system_message_stays(tmp_path, tokenizer):
+    """As in open-instruct: Open-Orca's part of Tulu V2 has them."""
+    messages = [{"role": "system", "content": ""}, *turns("Hi", "Hello")]
+    path = write_rows(tmp_path / "r.jsonl", [{"messages": messages}, {"messages": messages[:1]}])
+    examples = load(path, "tulu", tokenizer)
+    assert examples.left_out == {"an empty message": 1}
+    assert tokenizer.decode(examples.rows[0]["input_ids"]) == "<|system|>\n\n<|user|>\nHi\n<|assistant|>\nHello<eos>"
+
+
+def test_empty_responses_are_left_out_and_counted(tmp_path, tokenizer):
+    rows = [{"query": "q", "response": answer} for answer in ("r", " ", "")]
+    assert load(write_rows(tmp_path / "r.jsonl", rows), "metamath", tokenizer).left_out == {"an empty response": 2}
+    with pytest.raises(UserError, match="none of the 2 examples can be trained on: 2 with an empty response"):
+        load(write_rows(tmp_path / "none.jsonl", rows[1:]), "metamath", tokenizer)
 
 
 def test_messages_from_all_kinds_of_files(tmp_path, tokenizer):
@@ -366,6 +382,17 @@ def test_the_token_that_ends_a_turn(model_dir):
     assert templates.turn_end_ids(tokenizer) == [1]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n###\n{% endfor %}"
     assert templates.turn_end_ids(tokenizer) == []
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llamas_legacy_is_saved(tmp_path, legacy):
+    """transformers 5 loses it, and a text behind a special token then begins without a space."""
+    letters = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "▁b"])}
+    tokenizer = LlamaTokenizer(vocab=letters, merges=[("▁", "a"), ("▁", "b")], legacy=legacy)
+    save_tokenizer(tokenizer, tmp_path)
+    again = from_pretrained(AutoTokenizer, str(tmp_path), "tokenizer")
+    text = "a</s>b</s>b"
+    assert again.tokenize(text) == tokenizer.tokenize(text) and ("▁b" in again.tokenize(text)) == legacy
 
 
 @pytest.fixture

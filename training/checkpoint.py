@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from common import integrity
 from common.errors import UserError, one_line
+from common.hub import save_tokenizer
 from common.model_card import CARD
 from training import backend, lora, mask_tuning
 
@@ -60,7 +61,7 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: s
         weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None
         if accelerator.is_main_process:
             accelerator.unwrap_model(model).save_pretrained(aside, state_dict=weights)
-            tokenizer.save_pretrained(aside)
+            save_tokenizer(tokenizer, aside)
             (aside / CARD).write_text(card, encoding="utf-8")
 
     if adapter is not None:

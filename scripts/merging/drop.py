@@ -22,7 +22,7 @@ from scripts.merging import folders
 class DropConfig:
     """Keys of scripts/merge.py drop."""
 
-    base: str = key(help="folder or Hub id of the base model, with safetensors files")
+    base: str = key(help="folder or Hub id of the base model")
     tuned: str = key(help="folder of the fine-tuned model, of the same tensors")
     output_dir: str = key(help="folder of the result; new or empty")
     keep_ratio: float = key(help="fraction of a matrix's task vector that is kept, in (0, 1]")

@@ -1,6 +1,8 @@
 """Folders of models: tensors are read one at a time, and written one at a time into a new folder."""
 
+import functools
 import json
+import pickle
 import shutil
 import struct
 from collections.abc import Callable
@@ -19,12 +21,13 @@ from common.errors import UserError, one_line
 from common.hub import is_local, load_weights
 from common.model_card import CARD
 
+BIN = "pytorch_model*.bin"
 RECORDS = ("drop.json", "average.json", "greedy.json", "fisher.json")  # by method: the keys that a folder was made with
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # of the old values, in any format
 
 
 class Model:
-    """The tensors in a model's safetensors files; `read` loads one of them.
+    """The tensors in a model's safetensors files, or, where it has none, in its .bin files; `read` loads one of them.
 
     Args:
         source: folder or Hub id.
@@ -53,7 +56,9 @@ class Model:
 
 
 def read(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file."""
+    """One tensor of a safetensors or .bin file."""
+    if path.suffix == ".bin":
+        return _bin_tensors(path)[name]
     with safe_open(path, "pt") as f:
         return f.get_tensor(name)
 
@@ -83,8 +88,10 @@ def write(
             outlives the next call.
         record: the method's keys, for the file METHOD.json.
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or `like` has no safetensors files.
     """
+    if any(path.suffix == ".bin" for path in like.files.values()):
+        raise UserError(f"{like.what} {like.folder} has .bin files alone: load and save it by transformers once")
     out = out.absolute()
     aside = out.with_name(f".aside_{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -121,29 +128,39 @@ def _folder(source: str, what: str) -> Path:
     """The folder of a model: its own, or the cache's of a Hub model, whose files are fetched."""
     if is_local(source):
         return Path(source)
+    wanted = ["model*.safetensors", "*.json", "*.jinja", "*.model"]
     try:
-        return Path(snapshot_download(source, allow_patterns=["model*.safetensors", "*.json", "*.jinja", "*.model"]))
+        folder = Path(snapshot_download(source, allow_patterns=wanted))
+        return folder if any(folder.glob("*.safetensors")) else Path(snapshot_download(source, allow_patterns=BIN))
     except Exception as e:  # the network, the Hub (gated, unknown), the disk
         raise UserError(f"{what} {source} cannot be fetched: {one_line(e)}") from None
 
 
 def _tensor_files(folder: Path, what: str) -> dict[str, Path]:
-    """{tensor name: its safetensors file} of a model folder.
+    """{tensor name: its file} of a model folder.
 
     Raises:
-        UserError: no such folder, no safetensors file in it, or a damaged one.
+        UserError: no such folder, neither safetensors nor .bin files in it, or a damaged one.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob(BIN))
     if not files:
-        raise UserError(f"{what} {folder}: no folder with .safetensors files (a Hub model is written owner/name)")
+        raise UserError(f"{what} {folder}: no folder with a model's weights (a Hub model is written owner/name)")
     try:
         return {name: path for path in files for name in _header(path) if name != "__metadata__"}
-    except (OSError, ValueError, struct.error, SafetensorError) as e:
-        raise UserError(f"{what} {folder}: a safetensors file is damaged: {e}") from None
+    except (OSError, ValueError, RuntimeError, struct.error, pickle.UnpicklingError, SafetensorError) as e:
+        raise UserError(f"{what} {folder}: a file of its weights is damaged: {one_line(e)}") from None
+
+
+@functools.cache
+def _bin_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, which stay on the disk until they are used."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _header(path: Path) -> dict[str, dict]:
-    """The header of a safetensors file: per tensor dtype, shape and the place of its bytes."""
+    """The header of a safetensors file: dtype, shape and place of its bytes by tensor; of a .bin file the shapes."""
+    if path.suffix == ".bin":
+        return {name: {"shape": list(tensor.shape)} for name, tensor in _bin_tensors(path).items()}
     with open(path, "rb") as f:
         (size,) = struct.unpack("<Q", f.read(8))
         if size > path.stat().st_size:
