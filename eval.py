@@ -30,7 +30,7 @@ from common.config import EvalConfig, parse
 from common.errors import UserError, run_main
 from common.hub import from_pretrained, is_local
 from common.launch import check_launch
-from common.precision import avoid_cudnn_attention, warn_if_slow
+from common.precision import avoid_cudnn_attention, warn_if_no_gpu, warn_if_slow
 from evaluation import generation, scores, settings
 from evaluation.generation import Decoding, Scored
 from evaluation.requests import Request, encode, make_requests, merge_responses, render_prompts
@@ -119,8 +119,9 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     described = {run.name: settings.describe(config, run, prompts[run.name], tokenizer) for run in runs}
     done = settings.record(folder, described, config.overwrite, accelerator)
     instead = "--dtype float32" if accelerator.device.type == "cpu" else "--dtype float16"
-    if slow := warn_if_slow(getattr(torch, config.dtype), accelerator.device, instead):
-        accelerator.print(slow)
+    device = accelerator.device
+    for line in (warn_if_no_gpu(device), warn_if_slow(getattr(torch, config.dtype), device, instead)):
+        accelerator.print(line, end="\n" if line else "")
     for run in runs:
         if config.prompt_format not in ("", run.format_name):
             accelerator.print(

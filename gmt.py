@@ -842,7 +842,7 @@ def _kernels() -> Any:
         return None
     try:
         import gmt_triton
-    except (ImportError, AttributeError):  # AttributeError: of a Triton that is too old
+    except Exception:  # missing, too old, or damaged
         return None
     return gmt_triton
 

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if config.dry_run:
         return dry_run(config)
     accelerator = backend.build_accelerator(config)
-    if slow := checks.slow_precision(config, accelerator.device):
-        accelerator.print(slow)
+    for line in checks.warnings(config, accelerator.device):
+        accelerator.print(line)
     try:
         lock = run_folder.lock(Path(config.output_dir)) if accelerator.is_main_process else contextlib.nullcontext()
         with lock, interrupts.Signals() as signals:

@@ -1,10 +1,22 @@
-"""What processors compute slowly, or wrongly, without a word: 16-bit dtypes, and cuDNN's attention."""
+"""What is slow, or wrong, without a word: 16-bit dtypes on some processors, no GPU, cuDNN's attention."""
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # torch's names of them, on x86 and on ARM; oneDNN, asked alone, says that it supports bf16 wherever there is AVX-512
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16")
+
+
+def warn_if_no_gpu(device: torch.device) -> str:
+    """A line for people if a torch that is built for GPUs runs on a CPU, and nobody has asked for that; else empty."""
+    built_for = torch.version.cuda or torch.version.hip
+    if device.type != "cpu" or not built_for or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return ""
+    return (
+        "warning: torch finds no GPU (driver, container, CUDA_VISIBLE_DEVICES?), and all is computed on the CPU; "
+        "ACCELERATE_USE_CPU=true says that this is meant"
+    )
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device, instead: str) -> str:

@@ -534,3 +534,12 @@ def test_a_model_without_values_is_the_same_but_for_them(tmp_path, name):
     assert buffers[0].keys() == buffers[1].keys()
     assert all(torch.equal(value, buffers[1][n]) and value.device.type == "cpu" for n, value in buffers[0].items())
     assert str(whole.generation_config) == str(empty.generation_config)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200 NVL", 835e12), ("Tesla T4", None)],
+)
+def test_peak_flops_by_the_cards_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert plan.peak_flops(torch.device("cuda")) == peak and plan.peak_flops(torch.device("cpu")) is None

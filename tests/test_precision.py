@@ -10,6 +10,8 @@ from conftest import write_rows
 import eval as evaluation
 import train
 from common import precision
+from common.config import TrainConfig
+from training import checks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -43,6 +45,19 @@ def test_the_line_names_device_dtype_and_what_to_use(without_16_bits):
     assert "Tesla T4 has no instructions for bf16" in precision.warn_if_slow(torch.bfloat16, GPU, "--x fp16")
     assert not precision.warn_if_slow(torch.float16, GPU, "") and not precision.warn_if_slow(torch.float32, CPU, "")
     assert not precision.warn_if_slow(torch.bfloat16, torch.device("mps"), "")  # not known
+
+
+def test_a_run_without_the_gpu_that_torch_is_built_for_is_named(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert precision.warn_if_no_gpu(CPU).startswith("warning: torch finds no GPU") and not precision.warn_if_no_gpu(GPU)
+    config = TrainConfig(model="m", dataset=["d"], output_dir="o", rule="none", mixed_precision="fp32")
+    assert checks.warnings(config, CPU) == [precision.warn_if_no_gpu(CPU)]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not precision.warn_if_no_gpu(CPU)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not precision.warn_if_no_gpu(CPU)
 
 
 def test_avx512_without_its_bf16_is_slow_too(capabilities):

@@ -55,8 +55,9 @@ def test_without_a_gpu_it_does_not_serve():
     assert done.stdout.split() == ["False"]
 
 
-def test_with_a_triton_that_is_too_old_gmt_does_without(tmp_path, monkeypatch):
-    (tmp_path / "gmt_triton.py").write_text("import triton\ntriton.what_older_ones_lack\n")
+@pytest.mark.parametrize("text", ["import triton\ntriton.what_older_ones_lack", "raise OSError('no libcuda')"])
+def test_with_a_triton_that_is_too_old_or_damaged_gmt_does_without(tmp_path, monkeypatch, text):
+    (tmp_path / "gmt_triton.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "gmt_triton", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

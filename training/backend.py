@@ -15,7 +15,7 @@ from accelerate.utils import (
 from datasets.utils.logging import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 
-from common.config import ZEROTH_ORDER, TrainConfig
+from common.config import MASK_TUNING, ZEROTH_ORDER, TrainConfig
 from common.errors import UserError
 from common.precision import avoid_cudnn_attention
 from training import zeroth_order
@@ -81,6 +81,11 @@ def check_supported(config: TrainConfig) -> None:
     if config.mixed_precision == "fp16" and masked_weights != "momentum":
         raise UserError(
             f"masked_weights {masked_weights} needs its own optimizer step, which fp16's gradient scaler owns: use bf16"
+        )
+    in_fp32 = config.adapter or config.rule == MASK_TUNING  # what they train
+    if config.mixed_precision == "fp16" and config.master_dtype == "bfloat16" and not in_fp32:
+        raise UserError(
+            "master_dtype bfloat16 has bf16 gradients, which fp16's gradient scaler does not know: use bf16"
         )
     if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision fp16 needs a GPU: use bf16 or fp32 on a CPU")

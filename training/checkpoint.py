@@ -195,10 +195,9 @@ def load(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is damaged or does not fit the model.
     """
-    # Under DDP all of the optimizer's state is read onto the GPU, where paged moments may have no room.
-    paged = any(getattr(o.optimizer, "is_paged", False) for o in accelerator._optimizers)
     try:
-        accelerator.load_state(str(folder), map_location="cpu" if paged else None)
+        # Under DDP all would be read onto the GPU, where there is no room for a second copy.
+        accelerator.load_state(str(folder), map_location="cpu")
         return json.loads((folder / PROGRESS).read_text())
     except Exception as e:
         raise UserError(f"checkpoint {folder} cannot be loaded: {one_line(e)}") from e

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from common.config import TrainConfig
 from common.errors import UserError
-from common.precision import warn_if_slow
+from common.precision import warn_if_no_gpu, warn_if_slow
 from training import backend
 from training.data import Examples, collate
 from training.losses import attach_loss, evaluating
@@ -123,14 +123,14 @@ def check_model(config: TrainConfig, model: nn.Module, examples: Examples, accel
     return decide_packing(config, model, examples, accelerator)
 
 
-def slow_precision(config: TrainConfig, device: torch.device) -> str:
-    """A warning if `device` has no instructions for the dtype of a run's products, else an empty text."""
+def warnings(config: TrainConfig, device: torch.device) -> list[str]:
+    """Lines for people: no GPU is found, or `device` has no instructions for the dtype of a run's products."""
     weights = getattr(torch, config.master_dtype)  # what is multiplied without autocast
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": weights}[config.mixed_precision]
     instead = "--mixed_precision fp32" if device.type == "cpu" else "--mixed_precision fp16 or fp32"
     if weights == torch.bfloat16:
         instead += " and --master_dtype float32"
-    return warn_if_slow(dtype, device, instead)
+    return [line for line in (warn_if_no_gpu(device), warn_if_slow(dtype, device, instead)) if line]
 
 
 def distance(a: Tensor, b: Tensor) -> float:

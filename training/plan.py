@@ -27,8 +27,11 @@ from training import backend, lora, mask_tuning
 from training.data import Examples, micro_batches, step_examples, steps_per_epoch
 from training.losses import attach_loss, token_losses
 
-# dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# dense bf16 FLOP/s by words of the device's name, from the vendor's data sheets; what is more special comes first
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
+}  # fmt: skip
 # tokens of a forward pass where micro_batch_tokens is left to the run
 CHOICES, ON_CPU = (16384, 8192, 4096, 2048), 1024
 _BLOCK_8BIT, _LEAST_8BIT = 256, 4096  # bitsandbytes: entries per scale; smaller tensors keep fp32 moments

@@ -358,16 +358,16 @@ def _about_kept(masked: torch.Tensor) -> bool:
 
 PARTS: dict[str, tuple[Callable[[Report, bool], None], int]] = {  # in order of worth, with their limits in seconds
     "card": (card, 30),
-    "equal": (equal, 30),
+    "equal": (equal, 60),
     "mask": (mask, 100),
     "step_1b": (step_1b, 60),
     "step_8b": (step_8b, 100),
     "trl": (against_trl, 80),
     "fp16": (fp16, 35),
     "frozen": (frozen, 35),
-    "fsdp2": (fsdp2, 45),
-    "ddp": (ddp, 45),
-    "resume": (resume, 60),
+    "fsdp2": (fsdp2, 60),
+    "ddp": (ddp, 60),
+    "resume": (resume, 90),
     "generate": (generate, 45),
 }
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -26,6 +25,7 @@ from common.precision import avoid_cudnn_attention
 from scripts.bench import measure as bench
 from training import plan
 from training.backend import build_optimizer
+from training.losses import attach_loss
 
 # hidden size, layers, heads, key-value heads, feed-forward size, vocabulary, tied embeddings
 SHAPES = {
@@ -87,6 +87,7 @@ def build(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimi
     torch.set_default_dtype(torch.float32)
     if args.gradient_checkpointing:
         plan.checkpoint_layers(model)
+    attach_loss(model, train_config(args).loss_chunk)
     return model.train(), build_optimizer(train_config(args), model)
 
 
@@ -116,9 +117,12 @@ def step(
 
     def forward_backward():
         for rows in tokens.split(max(1, args.micro_batch_tokens // args.length)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda"):
-                logits = model(rows).logits[:, :-1].flatten(0, 1)
-            (F.cross_entropy(logits.float(), rows[:, 1:].flatten(), reduction="sum") / args.tokens).backward()
+            places = torch.arange(rows.numel(), device=device).view_as(rows)
+            batch = {"input_ids": rows, "positions": places[:, :-1].flatten(), "targets": rows[:, 1:].flatten()}
+            dtype, in_16_bits = torch.bfloat16, args.bf16 or device.type == "cuda"
+            with torch.autocast(device.type, dtype, enabled=in_16_bits, cache_enabled=False):  # as in train.py
+                loss = model(**batch).sum()
+            (loss / args.tokens).backward()
 
     def mask():
         if masker.needs_calibration:  # of grad_square, by the gradients of the first step
