@@ -143,6 +143,8 @@ def test_settings(run, settings, message):
 
 def test_fp16_needs_a_gpu(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="bf16 gradients, which fp16's gradient scaler does not know: use bf16"):
+        run(mixed_precision="fp16", master_dtype="bfloat16")
     with pytest.raises(UserError, match="mixed_precision fp16 needs a GPU"):
         run(mixed_precision="fp16")
 

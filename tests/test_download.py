@@ -161,3 +161,10 @@ def test_errors(tmp_path, hub):
             download.main([str(tmp_path), "--config", str(tmp_path / "odd.yaml")])
     with pytest.raises(UserError, match="--config no.yaml: "):
         download.main([str(tmp_path), "--config", "no.yaml"])
+
+
+def test_no_service_is_asked_to_convert_a_model(monkeypatch):
+    """transformers would ask the Hub's bot, in public, from every process that loads a model of .bin files."""
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    ask = "import common.hub; from transformers.utils import is_env_variable_true as on; "
+    assert python("-c", f"{ask}print(on('DISABLE_SAFETENSORS_CONVERSION'))").stdout.split() == ["True"]

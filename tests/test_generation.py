@@ -68,6 +68,16 @@ def short(folder, tmp_path_factory):
     return path
 
 
+def test_padding_beyond_the_embedding_is_not_used(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = EvalConfig(tasks=["gsm8k"], output_dir="o", model=str(folder), dtype="float32")
+    assert generation.load_for_generation(config, tokenizer, torch.device("cpu")).pad == tokenizer.pad_token_id
+    tokenizer.add_special_tokens({"pad_token": "<another>"})
+    assert tokenizer.pad_token_id == 600
+    loaded = generation.load_for_generation(config, tokenizer, torch.device("cpu"))
+    assert loaded.pad == tokenizer.eos_token_id
+
+
 @pytest.fixture(scope="module")
 def model(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)

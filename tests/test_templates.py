@@ -1,6 +1,7 @@
 """From rows to tokens and labels, template by template: pytest tests/test_templates.py"""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -393,6 +394,18 @@ def test_llamas_legacy_is_saved(tmp_path, legacy):
     again = from_pretrained(AutoTokenizer, str(tmp_path), "tokenizer")
     text = "a</s>b</s>b"
     assert again.tokenize(text) == tokenizer.tokenize(text) and ("▁b" in again.tokenize(text)) == legacy
+
+
+def test_llamas_legacy_is_in_the_final_model(tmp_path, train_args, model_dir):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    letters = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", "▁", *"abcdef"])}
+    save_tokenizer(LlamaTokenizer(vocab=letters, merges=[], legacy=True), model)
+    rows = write_rows(tmp_path / "r.jsonl", [{"prompt": "ab", "response": "cd"}] * 16)
+    words = ["--model", str(model), "--dataset", str(rows), "--template", "prompt_response", "--max_steps", "1"]
+    train.main(train_args(tmp_path / "run", *words))
+    assert json.loads((tmp_path / "run" / "final" / "tokenizer_config.json").read_text())["legacy"]
 
 
 @pytest.fixture
