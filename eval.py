@@ -120,8 +120,8 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     done = settings.record(folder, described, config.overwrite, accelerator)
     instead = "--dtype float32" if accelerator.device.type == "cpu" else "--dtype float16"
     device = accelerator.device
-    for line in (warn_if_no_gpu(device), warn_if_slow(getattr(torch, config.dtype), device, instead)):
-        accelerator.print(line, end="\n" if line else "")
+    for line in filter(None, (warn_if_no_gpu(device), warn_if_slow(getattr(torch, config.dtype), device, instead))):
+        accelerator.print(line)
     for run in runs:
         if config.prompt_format not in ("", run.format_name):
             accelerator.print(

@@ -130,7 +130,7 @@ def warnings(config: TrainConfig, device: torch.device) -> list[str]:
     instead = "--mixed_precision fp32" if device.type == "cpu" else "--mixed_precision fp16 or fp32"
     if weights == torch.bfloat16:
         instead += " and --master_dtype float32"
-    return [line for line in (warn_if_no_gpu(device), warn_if_slow(dtype, device, instead)) if line]
+    return list(filter(None, (warn_if_no_gpu(device), warn_if_slow(dtype, device, instead))))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
