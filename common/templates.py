@@ -236,6 +236,7 @@ class Conversation:
     render: Callable[[list[dict[str, Any]], PreTrainedTokenizerBase, dict[str, Any]], list[Segment]]
     special_tokens: bool = True  # the tokenizer adds its BOS; a chat template has written its own
     columns: tuple[str, ...] = (MESSAGES,)
+    system_may_be_empty: bool = False  # as in Tulu V2's rows from Open-Orca, which open-instruct trains
     variables: Callable[[PreTrainedTokenizerBase], set[str]] = lambda tokenizer: set()
     turn_ends: Callable[[PreTrainedTokenizerBase], list[int]] = lambda tokenizer: [tokenizer.eos_token_id]
 
@@ -245,7 +246,7 @@ TEMPLATES: dict[str, Pair | Conversation] = {
     "peft_metamath": Pair(("query", "response"), peft_metamath),
     "magicoder": Pair(("instruction", "response"), magicoder, apart=True),
     "prompt_response": Pair(("prompt", "response"), prompt_response),
-    "tulu": Conversation(tulu),
+    "tulu": Conversation(tulu, system_may_be_empty=True),
     "chat": Conversation(chat, special_tokens=False, variables=chat_variables, turn_ends=turn_end_ids),
 }
 
@@ -313,11 +314,14 @@ def _render_messages(
     variables: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Segment]:
-    # An empty system message says nothing, and stays, as in open-instruct: Tulu V2 has conversations with one.
-    said = [m for m in messages if m["role"] != "system"]
-    if not said or any(not (m["content"] or "").strip() and not m.get("tool_calls") for m in said):
+    said = [m for m in messages if not (template.system_may_be_empty and m["role"] == "system")]
+    if not said or any(map(_is_empty, said)):
         raise LeftOut("an empty message")
     return template.render([{**m, "content": m["content"] or ""} for m in messages], tokenizer, variables)
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    return not (message["content"] or "").strip() and not message.get("tool_calls")
 
 
 def render_preference(
@@ -342,7 +346,7 @@ def render_preference(
             raise LeftOut("no answer at the end")
         if both[0][:-1] != both[1][:-1]:
             raise LeftOut("different prompts")
-        if len(both[0]) == 1:
+        if all(message["role"] == "system" and _is_empty(message) for message in both[0][:-1]):
             raise LeftOut("no prompt")
         answers = [messages[-1]["content"] or "" for messages in both]
         if any(not text.strip() and not m[-1].get("tool_calls") for text, m in zip(answers, both, strict=True)):

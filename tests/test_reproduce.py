@@ -220,7 +220,7 @@ def test_plans_name_the_program_that_refuses(tmp_path, train_args):
     plans = ["train.py", *words, "--", *dropped, "--keep_ratio", "0.2", "--"]
     done = python("scripts/reproduce/dry_runs.py", *plans)
     assert done.returncode == 2 and "\n--- python scripts/merge.py drop " in done.stdout
-    assert f"merge.py: error: base {tmp_path}: no folder with .safetensors files" in done.stderr
+    assert f"merge.py: error: base {tmp_path}: no folder with a model's weights" in done.stderr
     plans[plans.index(str(tmp_path))] = words[1]  # the model
     assert python("scripts/reproduce/dry_runs.py", *plans).returncode == 0
     done = python("scripts/reproduce/dry_runs.py", "train.py", *words, "--learning_rate", "-1", "--", *plans)
@@ -319,10 +319,17 @@ def test_texts_that_were_downloaded_are_taken(run, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["reproduce_math.sh", "sweep_keep_ratio.sh"])
-def test_a_dry_run_plans_and_stops(run, tmp_path, script):
+def test_a_dry_run_plans_what_is_left_and_stops(run, tmp_path, script):
     code, out, err = finish(run(script, DRY_RUN="1"))
     assert code == 0 and stages(out) == ["plan"], err
     assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/reproduce/dry_runs.py"]
+    if script == "reproduce_math.sh":
+        for model in ("mistral_7b", "llama3_8b"):
+            for rule in ("none", "gmt"):
+                (tmp_path / "out" / model / f"{rule}_seed0" / "final").mkdir(parents=True)
+                (tmp_path / "out" / model / f"{rule}_seed0" / "final" / "COMPLETED").touch()
+        code, out, _ = finish(run(script, DRY_RUN="1", RULES="none gmt"))
+        assert code == 0 and out.splitlines()[-1] == "nothing is left to train" and calls(tmp_path) == []
 
 
 def test_pefts_benchmark_run_by_run(run, tmp_path):

@@ -175,6 +175,13 @@ def test_an_empty_system_message_stays(tmp_path, tokenizer):
     examples = load(path, "tulu", tokenizer)
     assert examples.left_out == {"an empty message": 1}
     assert tokenizer.decode(examples.rows[0]["input_ids"]) == "<|system|>\n\n<|user|>\nHi\n<|assistant|>\nHello<eos>"
+    tokenizer.chat_template = CHATML  # a chat template may refuse one
+    path = write_rows(tmp_path / "c.jsonl", [{"messages": messages}, {"messages": turns("Hi", "Hello")}])
+    assert load(path, "chat", tokenizer).left_out == {"an empty message": 1}
+    pair = {name: [messages[0], {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    whole = {name: [messages[0], *turns("Hi", name)] for name in ("chosen", "rejected")}
+    path = write_rows(tmp_path / "p.jsonl", [pair, whole])
+    assert load(path, "tulu", tokenizer, preferences=True).left_out == {"no prompt": 1}
 
 
 def test_empty_responses_are_left_out_and_counted(tmp_path, tokenizer):

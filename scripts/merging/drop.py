@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     config = parse(DropConfig, argv)
     out = Path(config.output_dir)
     folders.check_output(out)
-    base = folders.Model(config.base, "base")
+    base = folders.Model(config.base, "base", is_read_alone=True)
     tuned = None if config.dry_run else folders.Model(config.tuned, "tuned")
     names = tuned.files.keys() if tuned else base.saved_names
     if missing := sorted(names - base.files.keys()):

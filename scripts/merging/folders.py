@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,17 @@ class Model:
     Args:
         source: folder or Hub id.
         what: the word for it in messages.
+        is_read_alone: nothing is written like it, so that .bin files will do.
     Raises:
         UserError: it cannot be read, a file is damaged, or its tensors are not those of its architecture.
     """
 
-    def __init__(self, source: str, what: str):
+    def __init__(self, source: str, what: str, is_read_alone: bool = False):
         self.source, self.what = source, what
         self.folder = _folder(source, what)
         self.files = _tensor_files(self.folder, what)
+        if not is_read_alone and any(path.suffix == ".bin" for path in self.files.values()):
+            raise UserError(f"{what} {self.folder} has .bin files alone: load and save it by transformers once")
         integrity.verify(self.folder, what)
         empty = load_weights(str(self.folder), what, device="meta")
         self.saved_names = saved_names(empty)
@@ -88,10 +92,8 @@ def write(
             outlives the next call.
         record: the method's keys, for the file METHOD.json.
     Raises:
-        UserError: the folder cannot be written, or `like` has no safetensors files.
+        UserError: the folder cannot be written.
     """
-    if any(path.suffix == ".bin" for path in like.files.values()):
-        raise UserError(f"{like.what} {like.folder} has .bin files alone: load and save it by transformers once")
     out = out.absolute()
     aside = out.with_name(f".aside_{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -147,14 +149,15 @@ def _tensor_files(folder: Path, what: str) -> dict[str, Path]:
         raise UserError(f"{what} {folder}: no folder with a model's weights (a Hub model is written owner/name)")
     try:
         return {name: path for path in files for name in _header(path) if name != "__metadata__"}
-    except (OSError, ValueError, RuntimeError, struct.error, pickle.UnpicklingError, SafetensorError) as e:
+    except (OSError, EOFError, ValueError, RuntimeError, struct.error, pickle.UnpicklingError, SafetensorError) as e:
         raise UserError(f"{what} {folder}: a file of its weights is damaged: {one_line(e)}") from None
 
 
 @functools.cache
 def _bin_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, which stay on the disk until they are used."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    """The tensors of a .bin file; but for those of old versions of torch they stay on the disk until they are used."""
+    loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _header(path: Path) -> dict[str, dict]:

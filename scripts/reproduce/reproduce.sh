@@ -14,7 +14,8 @@
 #                           code, and empty (RETAINED=) nothing. text_loss=FILE takes texts of your own; else they are
 #                           HUB_DIR/text_loss.jsonl of scripts/download.py, Wikipedia of the Hub, or TyDiQA's of DATA_DIR
 #   DPO_ARGS                more words for DPO's trainings (reproduce_general.sh)
-#   DRY_RUN=1               plan all trainings, on the real model and data, and stop
+#   DRY_RUN=1               plan the trainings that are left, of the first seed, on the real model and data, and stop;
+#                           without a GPU say for how many: NPROC=8
 #   REDUCED=1               the whole of it on a CPU in minutes, offline: small random models of the same architectures, a
 #                           few rows and items, two steps; its scores mean nothing
 # Arguments go to train.py, but for DPO's trainings: bash scripts/reproduce_math.sh --learning_rate 1e-5
@@ -131,7 +132,7 @@ evaluate() { # evaluate MODEL FOLDER FORMAT TASKS: scores in FOLDER/eval, of pro
 }
 
 fetch_bbh() { # the Hub has BBH's questions, and not its prompts
-    [[ -z $DATA_DIR && " $TASKS $RETAINED " = *" bbh "* ]] || return 0
+    [[ -z $DATA_DIR && -z ${DRY_RUN:-} && " $TASKS $RETAINED " = *" bbh "* ]] || return 0
     [ ! -f "$OUT/bbh/bbh/cot-prompts/word_sorting.txt" ] || return 0
     rm -rf "$OUT/bbh"
     git clone -q --depth 1 https://github.com/suzgunmirac/BIG-Bench-Hard "$OUT/bbh/bbh" ||
@@ -159,7 +160,10 @@ run_plans() { # what train.py and merge.py would refuse comes out before the fir
         stage plan "" scripts/reproduce/dry_runs.py "${planned[@]}"
         unset WORLD_SIZE ACCELERATE_USE_FSDP FSDP_VERSION
     fi
-    [ -z "${DRY_RUN:-}" ] || exit 0
+    if [ -n "${DRY_RUN:-}" ]; then
+        [ ${#planned[@]} != 0 ] || echo "nothing is left to train"
+        exit 0
+    fi
 }
 
 plan_all() { # the trainings of all models, with the first seed
