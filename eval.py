@@ -118,8 +118,8 @@ def generate_answers(config: EvalConfig, folder: Path, runs: list[TaskRun], acce
     }
     described = {run.name: settings.describe(config, run, prompts[run.name], tokenizer) for run in runs}
     done = settings.record(folder, described, config.overwrite, accelerator)
-    instead = "--dtype float32" if accelerator.device.type == "cpu" else "--dtype float16"
     device = accelerator.device
+    instead = "--dtype float32" if device.type == "cpu" else "--dtype float16"
     for line in filter(None, (warn_if_no_gpu(device), warn_if_slow(getattr(torch, config.dtype), device, instead))):
         accelerator.print(line)
     for run in runs:

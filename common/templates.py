@@ -314,8 +314,8 @@ def _render_messages(
     variables: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Segment]:
-    said = [m for m in messages if not (template.system_may_be_empty and m["role"] == "system")]
-    if not said or any(map(_is_empty, said)):
+    may_be_empty = {"system"} if template.system_may_be_empty else set()
+    if not messages or any(_is_empty(m) for m in messages if m["role"] not in may_be_empty):
         raise LeftOut("an empty message")
     return template.render([{**m, "content": m["content"] or ""} for m in messages], tokenizer, variables)
 

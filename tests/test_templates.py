@@ -173,7 +173,7 @@ def test_an_empty_system_message_stays(tmp_path, tokenizer):
     messages = [{"role": "system", "content": ""}, *turns("Hi", "Hello")]
     path = write_rows(tmp_path / "r.jsonl", [{"messages": messages}, {"messages": messages[:1]}])
     examples = load(path, "tulu", tokenizer)
-    assert examples.left_out == {"an empty message": 1}
+    assert examples.left_out == {"no token to train on within max_length": 1}
     assert tokenizer.decode(examples.rows[0]["input_ids"]) == "<|system|>\n\n<|user|>\nHi\n<|assistant|>\nHello<eos>"
     tokenizer.chat_template = CHATML  # a chat template may refuse one
     path = write_rows(tmp_path / "c.jsonl", [{"messages": messages}, {"messages": turns("Hi", "Hello")}])

@@ -40,8 +40,8 @@ How to read it:
   compare them with the column "greedy", where it has a number.
 - **Weak full fine-tuning.** Its full-finetuning has bf16 weights and moments, and one learning rate, 1e-5: most updates
   of weights above 0.004 are rounded away, so that it hardly moves. Our none_bf16 has them too, but for AdamW's kernel:
-  it is fused here, which rounds each weight once a step (there, after each operation), so that somewhat more weights
-  move. Our none has fp32 masters. Several other rows were tuned, some of them by the test accuracy itself.
+  it is fused here, which rounds each weight once a step (there, after each operation). Our none has fp32
+  masters. Several other rows were tuned, some of them by the test accuracy itself.
 - **One seed, and noise.** Each row is one run. Repeated runs of one configuration differ by a standard deviation of 0.7
   to 0.8 points, and the standard error of {ITEMS:,} items is 1.4 points: a difference below 2 points says nothing. The
   training loss repeats to a few 1e-4. Seeds of ours that differ in nothing random repeat a run, too: none, none_bf16,
