@@ -2,10 +2,14 @@
 
 import json
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from conftest import python, write_rows
 
 from scripts.bench import eval as bench_eval
+from scripts.bench import step as bench_step
 
 SMALL = {
     "mask.py": ("--shape", "64", "96", "--growth", "1000", "100000", "--repeats", "2"),
@@ -25,6 +29,24 @@ def measured(script, out, *more):
 def test_the_most_there_is_to_gain():
     """Two batches of two: 10 + 4 steps for 20 tokens, which two places take 10 steps for."""
     assert bench_eval.most([10, 2, 4, 4], 2) == 14 / 10 and bench_eval.most([5] * 6, 3) == 1
+
+
+def test_the_measured_step_has_the_gradient_of_the_mean_loss():
+    args = bench_step.arguments(["--shape", "1m", "--tokens", "96", "--length", "16", "--micro_batch_tokens", "32"])
+    model, _ = bench_step.build(args)
+    torch.manual_seed(1)
+    tokens = torch.randint(model.config.vocab_size, (6, 16))
+    logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    (torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum") / 96).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    found = []
+    optimizer = SimpleNamespace(step=lambda: found.extend(p.grad.clone() for p in model.parameters()))
+    optimizer.zero_grad = model.zero_grad
+    torch.manual_seed(1)
+    bench_step.step(args, "none", bench_step.build_masker(args, "none", model), 0, model, optimizer)
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)) < 1e-3
 
 
 @pytest.mark.slow

@@ -318,11 +318,12 @@ def test_texts_that_were_downloaded_are_taken(run, tmp_path):
     assert set(scorings(calls(tmp_path)).values()) == {f"{scored} --data_dir {copies} --overwrite"}
 
 
-@pytest.mark.parametrize("script", ["reproduce_math.sh", "sweep_keep_ratio.sh"])
+@pytest.mark.parametrize("script", ["reproduce_math.sh", "reproduce_general.sh", "sweep_keep_ratio.sh"])
 def test_a_dry_run_plans_what_is_left_and_stops(run, tmp_path, script):
     code, out, err = finish(run(script, DRY_RUN="1"))
     assert code == 0 and stages(out) == ["plan"], err
     assert [line.split()[0] for line in calls(tmp_path)] == ["scripts/reproduce/dry_runs.py"]
+    assert not (tmp_path / "out" / "bbh").exists()  # no benchmark is needed
     if script == "reproduce_math.sh":
         for model in ("mistral_7b", "llama3_8b"):
             for rule in ("none", "gmt"):

@@ -612,6 +612,18 @@ def test_the_real_report_names_the_parts_that_are_not_there(real_lines, tmp_path
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+def test_accuracies_stand_with_their_intervals(real_lines):
+    """Wilson's interval of 2 of 200 by hand: (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n)."""
+    z, n, p = 1.959964, 200, 0.01
+    middle, half = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
+    low, high = (100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    line = real_line("accuracy", "gsm8k", "gmt", 2e-4, 0, 0.9, 2.8) | {"solved": p, "mmlu": 0.25}
+    text = smollm2_report.accuracy_table(SIZE, [*real_lines, line], {"solved": 0.0, "mmlu": 0.22})
+    assert f"| gmt | 0.0002 (chosen) | 1.0 ({low:.1f} to {high:.1f}) | 25.0 (" in text
+    assert "| before training | - | 0.0 (0.0 to 1.9) | 22.0 (" in text
+    assert smollm2_report.accuracy_table(SIZE, real_lines, {}) == "not run yet\n"
+
+
 def test_the_task_vector_in_numbers(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     base = {"w": torch.zeros(2, 5), "norm": torch.zeros(3)}
