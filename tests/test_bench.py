@@ -1,7 +1,6 @@
 """The measurements of scripts/bench/*.py run, at their smallest: pytest tests/test_bench.py [-m slow]"""
 
 import json
-
 from types import SimpleNamespace
 
 import pytest
