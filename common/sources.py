@@ -93,7 +93,7 @@ def _saved_splits(source: str, path: Path) -> dict[str, list[Path]]:
 
 
 def _names(files: list[Path], folder: Path, most: int = 3) -> str:
-    names = [str(f.relative_to(folder)) for f in files]
+    names = [os.path.relpath(f, folder) for f in files]  # `datasets` gives absolute paths, also of a relative folder
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -159,7 +159,7 @@ def numbered(*numbers):
         ({"data/one.jsonl": 1, "data/two.jsonl": 2, "README.md": "one two"}, {"one": [1], "two": [2]}),
     ],
 )
-def test_a_folder_has_the_splits_that_datasets_finds(tmp_path, files, splits):
+def test_a_folder_has_the_splits_that_datasets_finds(tmp_path, monkeypatch, files, splits):
     from datasets import load_dataset
 
     for name, content in files.items():
@@ -174,9 +174,11 @@ def test_a_folder_has_the_splits_that_datasets_finds(tmp_path, files, splits):
     for split, expected in splits.items():
         rows = sources.load_rows(str(tmp_path), COLUMNS, split)
         assert rows.to_list() == numbered(*expected) == load_dataset(str(tmp_path), split=split).to_list()
-    with pytest.raises(UserError, match="no split 'other'; the folder has ") as error:
-        sources.load_rows(str(tmp_path), COLUMNS, "other")
-    assert all(f"{split}: " in str(error.value) for split in splits)
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (str(tmp_path), tmp_path.name, f"./{tmp_path.name}/"):
+        with pytest.raises(UserError, match="no split 'other'; the folder has ") as error:
+            sources.data_files(folder, "other")
+        assert all(f"{split}: " in str(error.value) for split in splits) and ".." not in str(error.value)
 
 
 def test_a_folder_of_several_configurations_is_not_guessed(tmp_path):
