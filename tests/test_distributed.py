@@ -79,7 +79,8 @@ def test_ddp_holds_gradients_once(tmp_path, train_args):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
 def test_resume_is_bitwise(tmp_path, train_args, processes):
     more = ["--rule", "gmt", "--keep_ratio", "0.3", "--save_every", "2", "--micro_batch_tokens", "0"]
     assert run(processes, train_args(tmp_path / "whole", *more)).returncode == 0
