@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with run_folder.lock(folder) if accelerator.is_main_process else contextlib.nullcontext():
             if not config.score_only:
                 generate_answers(config, folder, runs, accelerator)
+            accelerator.end_training()  # ends the process group: the others need not wait while this one scores
             if not accelerator.is_main_process:
                 return {}
             old_scores = settings.read(folder / settings.SCORES)

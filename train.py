@@ -22,7 +22,7 @@ from tqdm import tqdm
 import gmt
 from common import model_card, run_folder, templates
 from common.config import TrainConfig, parse
-from common.errors import run_main
+from common.errors import Interrupted, run_main
 from common.hub import has_weights, load_weights
 from common.launch import world_size
 from common.templates import TEMPLATES
@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             line = train(config, accelerator, signals)
         accelerator.end_training()  # ends the process group
         return line
+    except Interrupted:  # on every process, at the same step
+        accelerator.end_training()
+        raise
     finally:
         if accelerator.num_processes == 1:  # so that the next call in this process can choose another precision
             accelerator.free_memory()

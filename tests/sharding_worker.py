@@ -182,7 +182,7 @@ def main() -> None:
         assert "the gradient of w is laid out as" in str(e)
     dist.barrier()
     print("all masks are those of the whole gradients", flush=True)
-    os._exit(0)  # gloo's threads sometimes abort a process with several meshes at its very end
+    os._exit(0)  # gloo's threads sometimes abort a process with meshes at its very end: see fsdp_worker.py
 
 
 if __name__ == "__main__":

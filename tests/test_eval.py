@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import make_model, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -142,6 +143,16 @@ def test_score_and_standard_error(tmp_path, model_dir):
     assert (entry["score"], entry["n"]) == (0.4, 5)
     assert entry["standard_error"] == pytest.approx((0.4 * 0.6 / 4) ** 0.5)
     assert [line["correct"] for line in stored(tmp_path / "eval")] == [True, True, False, False, False]
+
+
+def test_the_process_group_ends_before_the_scores_are_computed(tmp_path, model_dir, monkeypatch):
+    """Programs may run for long on the main process, while the others have nothing to wait for."""
+    items_file(tmp_path, 2)
+    calls, score = [], evaluation.score_answers
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: calls.append("end"))
+    monkeypatch.setattr(evaluation, "score_answers", lambda *a: calls.append("score") or score(*a))
+    evaluation.main(args(tmp_path, model_dir))
+    assert calls == ["end", "score"]
 
 
 def test_limit_takes_the_first_items(tmp_path, model_dir):

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, read_metrics, torchrun
 from safetensors.torch import load_file
 
+import train
+from common import run_folder
+from common.errors import Interrupted
 from training import interrupts
 
 
@@ -59,6 +63,22 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(tmp_path, train_arg
     assert "Traceback" not in err
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     assert json.loads((saved / "progress.json").read_text())["step"] == step
+
+
+def test_the_process_group_ends_with_a_signal_too(tmp_path, train_args, monkeypatch):
+    """Torch asks for that before the interpreter ends, where the group's threads can abort the process."""
+    ended, write = [], run_folder.Log.write
+
+    def signalled(self, line):
+        write(self, line)
+        if line["step"] == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(run_folder.Log, "write", signalled)
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: ended.append(self))
+    with pytest.raises(Interrupted, match="saved step 2 of 10"):
+        train.main(train_args(tmp_path / "run"))
+    assert len(ended) == 1
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, train_args):
