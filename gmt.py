@@ -136,6 +136,8 @@ SCORES: dict[str, Callable[[Entries], Tensor]] = {
     "moment": score_moment,
     "squared_gradients": score_gradient,  # of the sums of G**2 that Masker.calibrate makes
 }
+# Where the gradient is finite, these are numbers; every other score is checked.
+_ALWAYS_NUMBERS = (score_gradient, score_random, score_weight, score_weight_gradient, score_moment)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -641,7 +643,10 @@ class _Scorer(NamedTuple):
 
     def _scores(self, m: _Matrix, offset: int, places: slice | Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         moment = functools.partial(self.moment_of, m.name, places, grad) if self.moment_of else None
-        return self.score(Entries(grad, weight, offset, self.seeds[m.name], moment))
+        scores = self.score(Entries(grad, weight, offset, self.seeds[m.name], moment))
+        if self.score not in _ALWAYS_NUMBERS and scores.isnan().any():  # a NaN would count as the largest
+            raise ValueError(f"the score of {m.name} has entries that are NaN: guard its divisions and its roots")
+        return scores
 
 
 @functools.lru_cache(maxsize=64)  # models have few shapes of matrices

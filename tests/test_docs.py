@@ -94,6 +94,7 @@ def test_the_table_of_rules_is_gmts():
     ]
     rows = {cells[0].strip("`"): cells for cells in rows if len(cells) == 6}
     for name, rule in gmt.RULES.items():
+        assert name in rows, f"{name} has no row in docs/method.md"
         _, _, score, refresh_every, masked_weights, source = rows[name]
         assert source and rule.source.startswith(source), name
         if rule.score:

@@ -543,7 +543,7 @@ def test_each_rule_is_that_of_its_equation(rule, axes):
 
 def test_the_twin_has_every_rule_that_masks():
     masking = {rule for rule in gmt.rules() if gmt.masks_entries(rule)}
-    assert masking == SlowTwin.equations.keys()
+    assert masking == SlowTwin.equations.keys(), "an equation for each rule and score: enter yours"
     assert gmt.RULES.keys() - masking == {"none", "hft"}  # see below
 
 
@@ -671,10 +671,30 @@ def test_a_rule_of_ones_own_is_a_function_and_a_line(monkeypatch):
     assert gmt.Masker([("p", p)], "gem_once", 0.3).summary().partition("(")[2] == held.summary().partition("(")[2]
 
 
+@pytest.mark.parametrize("shape", [(30, 40), (300, 400)])  # sorted in part, and sampled first
+def test_a_score_of_ones_own_that_is_no_number_is_refused(monkeypatch, shape):
+    """A NaN's key lies above all others: the mask would keep it whatever it is."""
+    monkeypatch.setattr(gmt, "SCORES", {**gmt.SCORES, "root": lambda e: e.grad.sqrt()})
+    p = nn.Parameter(torch.ones(shape))
+    p.grad = torch.rand(shape)
+    gmt.Masker([("p", p)], "root", 0.3).mask_gradients(0)
+    p.grad = torch.rand(shape)
+    p.grad[7, 7] = -1
+    with pytest.raises(ValueError, match="the score of p has entries that are NaN: guard"):
+        gmt.Masker([("p", p)], "root", 0.3).mask_gradients(0)
+
+
+def test_every_score_that_is_not_checked_is_a_number_for_finite_entries():
+    extreme = torch.tensor([0.0, 1.0, -1.0, 3.4e38, -3.4e38, 1e-45])
+    g, w = (x.flatten() for x in torch.meshgrid(extreme, extreme, indexing="ij"))
+    entries = gmt.Entries(g, w, 0, 0, lambda: torch.lerp(w, g, 0.1))
+    assert not any(score(entries).isnan().any() for score in gmt._ALWAYS_NUMBERS)
+
+
 def test_refusals_of_axes():
     p = nn.Parameter(torch.zeros(2, 2))
     for kwargs, message in (
-        ({"score": "momentum"}, "score must be one of gradient, random, weight"),
+        ({"score": "momentum"}, "score must be one of gradient, "),
         ({"refresh_every": -1}, "refresh_every must be at least 0, got -1"),
         ({"masked_weights": "gone"}, "masked_weights must be one of momentum, frozen, update"),
         ({"rule": "none", "keep_ratio": None, "refresh_every": 0}, "refresh_every has no meaning for rule none"),
