@@ -28,7 +28,7 @@ from common.launch import world_size
 from common.templates import TEMPLATES
 from training import backend, checkpoint, checks, interrupts, plan, resume, updates
 from training.data import Examples, describe_example, steps_per_epoch
-from training.loading import load_data, load_trainable_model, on_paper, settle_batches
+from training.loading import load_data, load_trainable_model, on_paper, settle_batches, unread_columns
 from training.masking import build_masker, calibrate, freeze
 from training.preflight import check_memory, check_paths
 from training.reference import build_objectives
@@ -40,7 +40,7 @@ SCORED_BY = {  # eval.py's --tasks for models of a template, for the last line t
     "metamath": "math",
     "peft_metamath": "gsm8k_peft",
     "magicoder": "code --prompt_format magicoder",
-    "tulu": "general --prompt_format tulu",
+    "tulu": "TASK --prompt_format tulu",
     "chat": "TASK --prompt_format chat",
 }
 
@@ -190,7 +190,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     resume.refuse_untrained(progress)
     card = model_card.make(config, description, log.last)
     checkpoint.save_model(accelerator, folder / "final", model, tokenizer, card, adapter)
-    accelerator.print(how_to_score(config, folder))
+    accelerator.print(ending(config, folder, log.last))
     return log.last
 
 
@@ -218,6 +218,8 @@ def summary(
         f"{masker.summary()}\n{len(examples)} examples ({examples.truncated} cut to max_length {config.max_length}, "
         f"{examples.left_out_text()}, {len(held_out)} held out), {examples.lengths.sum()} tokens, "
         f"{examples.trained.sum()} of them trained\n{describe_example(tokenizer, examples)}\n"
+        f"columns that template {config.template} does not read: "
+        f"{', '.join(unread_columns(config, tokenizer)) or 'none'}\n"
         f"{total_steps} steps of {config.global_batch_size} examples on {processes} process(es), up to "
         f"{config.micro_batch_tokens:,} tokens a forward pass, "
         f"{steps_per_epoch(len(examples), config.global_batch_size)} steps an epoch"
@@ -235,11 +237,13 @@ def summary(
     return text
 
 
-def how_to_score(config: TrainConfig, folder: Path) -> str:
-    """The command that scores the final model."""
+def ending(config: TrainConfig, folder: Path, last: dict[str, Any]) -> str:
+    """The last losses, and the command that scores the final model."""
+    losses = {"loss": last.get("loss"), "held-out loss": last.get("eval_loss")}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
     return (
-        f"saved {folder / 'final'}; score it with: accelerate launch eval.py --model {folder / 'final'} "
-        f"--tasks {SCORED_BY.get(config.template, 'TASK')} --output_dir {folder / 'eval'}"
+        f"the end: {shown}\nsaved {folder / 'final'}; score it with: accelerate launch eval.py "
+        f"--model {folder / 'final'} --tasks {SCORED_BY.get(config.template, 'TASK')} --output_dir {folder / 'eval'}"
     )
 
 

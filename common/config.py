@@ -76,8 +76,8 @@ class TrainConfig:
     dataset_split: str = key("train", "split of a folder or of a Hub dataset")
     template: str = key(
         "metamath",
-        "how a row becomes text: metamath, peft_metamath, magicoder, prompt_response, tulu, chat (the tokenizer's own "
-        "chat template), or one added to templates.py",
+        "how a row becomes text: metamath, alpaca, peft_metamath, magicoder, prompt_response, tulu, chat (the "
+        "tokenizer's own chat template), or one added to templates.py",
     )
     max_length: int = key(512, "tokens per example at most")
     overlong: Literal["truncate", "drop"] = key("truncate", "what happens to longer examples")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.exceptions import DatasetGenerationError
@@ -22,6 +23,16 @@ from common.hub import is_local
 MESSAGES = "messages"  # the usual column of conversations
 EXTRAS = "extras"  # column of JSON text: what conversations hold beside roles and contents, see load_rows
 ROW_FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+TEXTS, CONVERSATIONS = ": texts need template prompt_response", ": messages need template tulu or chat"
+SHAPES = {  # of rows that are often met, and what reads them; of several that fit, the first
+    (MESSAGES,): "template chat or tulu reads messages",
+    ("instruction", "input", "output"): "template alpaca reads instruction, input and output",
+    ("query", "response"): "template metamath reads query and response",
+    ("instruction", "response"): "template magicoder reads instruction and response",
+    ("prompt", "response"): "template prompt_response reads prompt and response",
+    ("prompt", "completion"): "rename completion to response, for template prompt_response",
+    ("chosen", "rejected"): "chosen and rejected are read with --objective dpo",
+}
 
 
 def data_files(source: str, split: str = "train") -> list[Path] | None:
@@ -157,13 +168,13 @@ def read_columns(
         for column in columns:
             if column not in row:
                 there = ", ".join(map(repr, row)) or "none"
-                raise UserError(f"{place}: no column {column!r}; the row has {there}{_hint(column, row)}")
+                raise UserError(f"{place}: no column {column!r}; the row has {there}{_hint(column, row, columns)}")
             if column in conversations:
                 check_messages(row[column], f"{place}: ", f"column {column!r}")
             else:
                 first = row[column][0] if isinstance(row[column], list) and row[column] else None
                 messages = isinstance(first, dict) and "role" in first
-                hint = ": messages need template tulu or chat" if messages else ""
+                hint = CONVERSATIONS if messages else ""
                 _check_text(row[column], f"{place}: column {column!r}", hint)
         out = {c: _roles_and_contents(row[c]) if c in conversations else row[c] for c in columns}
         yield {**out, EXTRAS: _extras(row, columns, conversations, optional, place)} if with_extras else out
@@ -175,7 +186,7 @@ def check_messages(messages: Any, place: str, what: str) -> None:
     A message with tool_calls needs no content.
     """
     if not isinstance(messages, list):
-        hint = ": texts need template prompt_response" if isinstance(messages, str) else ""
+        hint = TEXTS if isinstance(messages, str) else ""
         raise UserError(f"{place}{what} must be a list of {{role, content}}, got {_kind(messages)}{hint}")
     for i, message in enumerate(messages, 1):
         where = f"{place}message {i}"
@@ -188,12 +199,14 @@ def check_messages(messages: Any, place: str, what: str) -> None:
             _check_text(message["content"], f"{where}: content")
 
 
-def _hint(column: str, row: dict) -> str:
+def _hint(column: str, row: dict, columns: tuple[str, ...]) -> str:
+    """What may help where `column`, one of the wanted `columns`, is not in the row."""
     if column == MESSAGES and {"prompt", "completion"} <= row.keys():
         return ": put prompt and completion into one list of messages, or use template prompt_response"
     if column == MESSAGES and "conversations" in row:
         return ": rename it, its from and value to role and content, human and gpt to user and assistant"
-    return ""
+    fitting = (hint for shape, hint in SHAPES.items() if {*shape} <= row.keys() and not {*shape} <= {*columns})
+    return next((f": {hint}" for hint in fitting), "")
 
 
 def _roles_and_contents(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -251,6 +264,29 @@ def split_cap(source: str) -> tuple[str, int]:
     if int(number) == 0:
         raise UserError(f"dataset {source}: a cap of 0 rows leaves nothing; leave the dataset out")
     return name, int(number)
+
+
+def unread_columns(sources: list[str], split: str, read: tuple[str, ...]) -> list[str]:
+    """Columns of the datasets of load_all that are not among `read`; of a JSON file those of its first row count."""
+    names: dict[str, None] = {}
+    for source, _ in map(split_cap, sources):
+        files = data_files(source, split)
+        found = [_from_hub(source, split).column_names] if files is None else map(_column_names, files)
+        names |= dict.fromkeys(name for columns in found for name in columns if name not in read)
+    return list(names)
+
+
+def _column_names(path: Path) -> list[str]:
+    if path.is_dir():
+        return datasets.load_from_disk(str(path)).column_names
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_schema(path).names
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+        beginning = f.read(1 << 20).decode("utf-8", "ignore").lstrip()
+    try:
+        return list(json.JSONDecoder().raw_decode(beginning.removeprefix("[").lstrip())[0])
+    except json.JSONDecodeError:  # a longer row
+        return []
 
 
 def load_all(
@@ -406,18 +442,25 @@ def _from_hub(source: str, split: str) -> Dataset:
 def _check_columns(rows: Dataset, columns: tuple[str, ...], conversations: tuple[str, ...], source: str) -> None:
     for column in columns:
         if column not in rows.column_names:
-            hint = _hint(column, dict.fromkeys(rows.column_names))
+            hint = _hint(column, dict.fromkeys(rows.column_names), columns)
             raise UserError(f"dataset {source}: no column {column!r}; it has {', '.join(rows.column_names)}{hint}")
         kind = rows.features[column]
         if column in conversations:
             inner = getattr(kind, "feature", None)
             if not isinstance(inner, dict) or not {"role", "content"} <= inner.keys():
-                raise UserError(f"dataset {source}: column {column!r} must be a list of {{role, content}}, got {kind}")
+                hint = TEXTS if _is_text(kind) else ""
+                raise UserError(
+                    f"dataset {source}: column {column!r} must be a list of {{role, content}}, got {kind}{hint}"
+                )
             for name in ("role", "content"):
                 if not _is_text(inner[name]):
                     raise UserError(f"dataset {source}: column {column!r}: {name} must be text, got {inner[name]}")
         elif not _is_text(kind):
-            raise UserError(f"dataset {source}: column {column!r} must be text, got {getattr(kind, 'dtype', kind)}")
+            inner = getattr(kind, "feature", None)
+            hint = CONVERSATIONS if isinstance(inner, dict) and "role" in inner else ""
+            raise UserError(
+                f"dataset {source}: column {column!r} must be text, got {getattr(kind, 'dtype', kind)}{hint}"
+            )
         if nulls := rows.data.column(column).null_count:
             first = rows.data.column(column).is_null().to_pylist().index(True) + 1
             raise UserError(

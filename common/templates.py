@@ -57,11 +57,15 @@ class Segment(NamedTuple):
     trained: bool
 
 
+def alpaca(row: dict[str, str]) -> tuple[str, str]:
+    """Stanford Alpaca's two prompts: one for rows with an input, one for those whose input is empty."""
+    return (ALPACA_WITH_INPUT if row["input"] else ALPACA).format_map(row), row["output"]
+
+
 def metamath(row: dict[str, str]) -> tuple[str, str]:
     """MetaMath's train_math.py: the first line of the query is the instruction, further lines are the input."""
     instruction, _, rest = row["query"].partition("\n")
-    template = ALPACA_WITH_INPUT if rest else ALPACA
-    return template.format_map({"instruction": instruction, "input": rest}), row["response"]
+    return alpaca({"instruction": instruction, "input": rest, "output": row["response"]})
 
 
 def peft_metamath(row: dict[str, str]) -> tuple[str, str]:
@@ -153,7 +157,9 @@ OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "ai": "a
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The source of a tokenizer's chat template, or of all it has, one after the other."""
     if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template: use template tulu")
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template, as most base models have none: use tulu"
+        )
     source = tokenizer.chat_template
     return source if isinstance(source, str) else "\n".join(source.values())
 
@@ -243,6 +249,7 @@ class Conversation:
 
 TEMPLATES: dict[str, Pair | Conversation] = {
     "metamath": Pair(("query", "response"), metamath),
+    "alpaca": Pair(("instruction", "input", "output"), alpaca),
     "peft_metamath": Pair(("query", "response"), peft_metamath),
     "magicoder": Pair(("instruction", "response"), magicoder, apart=True),
     "prompt_response": Pair(("prompt", "response"), prompt_response),

@@ -117,7 +117,10 @@ def run(tmp_path, train_args):
         ({"master_dtype": "float64", "mixed_precision": "bf16"}, "float64 needs mixed_precision fp32, got bf16"),
         # batch arithmetic: all the numbers
         ({"micro_batch_tokens": 100}, "max_length 512 tokens, but a forward pass takes micro_batch_tokens 100"),
-        ({"global_batch_size": 71}, "global_batch_size 71, 1 processes, 70 examples: a step would be larger than"),
+        (
+            {"global_batch_size": 71},
+            "global_batch_size 71, 1 processes, 70 examples: a step would be larger than the data; lower global_b",
+        ),
         (
             {"per_device_batch_size": 17},
             "global_batch_size 16, 1 processes, per_device_batch_size 17: one forward pass",

@@ -1,8 +1,11 @@
 """From rows to tokens and labels, template by template: pytest tests/test_templates.py"""
 
+import gzip
 import json
 import shutil
 
+import datasets
+import pandas
 import pytest
 import torch
 from conftest import make_model, write_rows
@@ -120,7 +123,7 @@ CHATML = (
 def test_the_tokenizers_own_chat_template(model_dir):
     tokenizer = with_bos(model_dir)
     row = {"messages": turns("Hi", "Hello", "Bye", "Bye!")}
-    with pytest.raises(UserError, match="has no chat template: use template tulu"):
+    with pytest.raises(UserError, match="has no chat template, as most base models have none: use tulu"):
         encode("chat", row, tokenizer)
     tokenizer.chat_template = CHATML
     expected = (
@@ -195,8 +198,6 @@ def test_messages_from_all_kinds_of_files(tmp_path, tokenizer):
     rows = [{"messages": [{**m, "weight": 1.0} for m in turns("Hi", "Hello")], "id": "a"}] * 2
     write_rows(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
-    import pandas
-
     pandas.DataFrame(rows).to_parquet(tmp_path / "c.parquet")
     pandas.DataFrame([{"messages": [{"content": "x", "role": USER}]}]).to_parquet(tmp_path / "d.parquet")
     loaded = sources.load_rows(str(tmp_path), ("messages",)).to_list()
@@ -233,8 +234,6 @@ def test_bad_messages(tmp_path, messages, message):
     ],
 )
 def test_other_columns_of_conversations_are_explained(tmp_path, row, message):
-    import pandas
-
     pandas.DataFrame([row]).to_parquet(tmp_path / "a.parquet")
     for path in (write_rows(tmp_path / "a.jsonl", [row]), tmp_path / "a.parquet"):
         with pytest.raises(UserError, match=f"no column 'messages'; .*{message}"):
@@ -242,16 +241,23 @@ def test_other_columns_of_conversations_are_explained(tmp_path, row, message):
 
 
 def test_bad_messages_in_parquet(tmp_path):
-    import pandas
-
     pandas.DataFrame([{"messages": [{"from": "human", "value": "Hi"}]}]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"column 'messages' must be a list of \{role, content\}, got List"):
         sources.load_rows(str(tmp_path / "a.parquet"), ("messages",))
 
 
-def test_content_in_parts_is_refused_alike_in_parquet(tmp_path):
-    import pandas
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_texts_and_messages_in_each_others_place_are_explained(tmp_path, name):
+    row = {"chosen": turns("Hi", "Hello"), "prompt": "Hi"}
+    pandas.DataFrame([row]).to_parquet(tmp_path / "a.parquet")
+    write_rows(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match="'chosen' must be text, got .*: messages need template tulu or chat$"):
+        sources.load_rows(str(tmp_path / name), ("chosen",), conversations=())
+    with pytest.raises(UserError, match="'prompt' must be a list .*: texts need template prompt_response$"):
+        sources.load_rows(str(tmp_path / name), ("prompt",), conversations=("prompt",))
 
+
+def test_content_in_parts_is_refused_alike_in_parquet(tmp_path):
     rows = [{"messages": [{"role": USER, "content": [{"type": "text", "text": "Hi"}]}]}]
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     for path in (write_rows(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"):
@@ -307,8 +313,6 @@ def test_tools_and_calls_are_rendered(tmp_path, calls_tools, kind):
     rows = [calling(), calling(None), {"messages": turns("Hi", "Hello"), "mood": "happy", "tools": None}]
     path = write_rows(tmp_path / "a.jsonl", rows)
     if kind == "parquet":
-        import pandas
-
         path = tmp_path / "a.parquet"
         pandas.DataFrame(rows).to_parquet(path)
     examples = load(path, "chat", calls_tools)
@@ -444,7 +448,7 @@ def test_an_eos_in_a_text_is_one_token(older_llama):
 
 def test_rows_together_are_encoded_as_one_by_one(tokenizer):
     rows = [
-        {"messages": m, "prompt": p, "response": r, "query": p, "instruction": p}
+        {"messages": m, "prompt": p, "response": r, "query": p, "instruction": p, "input": "", "output": r}
         for m, p, r in (
             (turns("Hi", "Hello", "Bye", "Bye!"), "a\nb", "c"), (turns("a", "b"), "", "de<eos>"),
             (turns("only this"), "x", "y" * 9),
@@ -461,11 +465,16 @@ def test_rows_together_are_encoded_as_one_by_one(tokenizer):
 
 
 def test_the_first_example_is_shown_at_the_start(tmp_path, train_args, capsys):
-    rows = [{"messages": turns(f"What is {i}?", f"It is {i}.")} for i in range(20)] + [{"messages": []}]
+    rows = [{"messages": turns(f"What is {i}?", f"It is {i}."), "id": i} for i in range(22)] + [
+        {"messages": [], "id": 22}
+    ]
     path = write_rows(tmp_path / "r.jsonl", rows)
-    train.main(train_args(tmp_path / "run", "--dataset", str(path), "--template", "tulu", "--max_steps", "1"))
+    words = ["--dataset", str(path), "--template", "tulu", "--max_steps", "1", "--eval_rows", "2"]
+    last = train.main(train_args(tmp_path / "run", *words))
     said = capsys.readouterr().out
-    assert "20 examples (0 cut to max_length 512, 1 left out (1 with an empty message), 0 held out)" in said
+    assert "20 examples (0 cut to max_length 512, 1 left out (1 with an empty message), 2 held out)" in said
+    assert "\ncolumns that template tulu does not read: id\n" in said
+    assert f"\nthe end: loss {last['loss']:.4f}, held-out loss {last['eval_loss']:.4f}\nsaved " in said
     # 9 of the header <|user|>, 11, 14 of <|assistant|>; "It is 0." is 8 and EOS
     assert "\nexample 0 of 20: 43 tokens, 9 of them trained\n  not trained    34 tokens [" in said
     assert r" '<|user|>\nWhat is 0?\n<|assistant|>\n'" in said
@@ -510,3 +519,67 @@ def test_segments_serve_a_prompt_and_one_answer(tokenizer):
         ((ids, labels),) = templates.encode(templates.TEMPLATES["tulu"], [segments], tokenizer)
         assert trained_text(tokenizer, ids, labels) == f"<|user|>\nHi\n<|assistant|>\n【{answer}<eos>】"
     assert torch.tensor(ids).dtype == torch.int64
+
+
+def test_alpaca_reads_the_input(tmp_path):
+    row = {"instruction": "Add {them}.", "input": "2 and {2}", "output": "4"}
+    assert templates.alpaca(row) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd {them}.\n\n### Input:\n2 and {2}"
+        "\n\n### Response:",
+        "4",
+    )
+    assert templates.alpaca({**row, "input": ""}) == templates.metamath({"query": "Add {them}.", "response": "4"})
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "message"),
+    [
+        ({"instruction": "a", "input": "", "output": "b"}, "response", "template alpaca reads instruction, input and"),
+        ({"instruction": "a", "response": "b"}, "query", "template magicoder reads"),
+        ({"query": "a", "response": "b"}, "messages", "template metamath reads"),
+        ({"prompt": "a", "response": "b"}, "query", "template prompt_response reads"),
+        ({"messages": []}, "query", "template chat or tulu reads messages"),
+        ({"prompt": "a", "completion": "b"}, "response", "rename completion to response"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "response",
+            "chosen and rejected are read with --objective dpo",
+        ),
+        ({"chosen": "b", "rejected": "c"}, "messages", "chosen and rejected are read with --objective dpo"),
+    ],
+)
+def test_rows_for_another_template_are_recognised(tmp_path, row, column, message):
+    pandas.DataFrame([row]).to_parquet(tmp_path / "a.parquet")
+    for path in (write_rows(tmp_path / "a.jsonl", [row]), tmp_path / "a.parquet"):
+        with pytest.raises(UserError, match=f"no column '{column}'; .*: {message}"):
+            sources.load_rows(str(path), (column,))
+
+
+def test_who_asks_for_pairs_of_answers_is_not_told_to(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"chosen": "b", "rejected": "c"}])
+    with pytest.raises(UserError, match="no column 'prompt'; the row has 'chosen', 'rejected'$"):
+        sources.load_rows(str(path), ("prompt", "chosen", "rejected"))
+
+
+def test_the_shapes_of_rows_are_those_of_the_templates():
+    for shape, hint in sources.SHAPES.items():
+        for name, template in templates.TEMPLATES.items():
+            if hint.startswith(f"template {name} reads"):
+                assert template.columns == shape
+    assert {t.columns for t in templates.TEMPLATES.values()} <= sources.SHAPES.keys()
+
+
+def test_columns_that_no_one_reads(tmp_path):
+    row = {"query": "q", "response": "r", "type": "t", "id": 1}
+    pandas.DataFrame([row]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(f" [{json.dumps(row)}, {{}}]")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
+        f.write(json.dumps({**row, "more": "ü" * (1 << 21)}))
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "saved")
+    write_rows(tmp_path / "a.jsonl", [row, {"other": 1}])
+    for name in ("a.parquet", "a.json", "a.jsonl", "saved"):
+        assert sources.unread_columns([f"{tmp_path / name}:1"], "train", ("query", "response")) == ["type", "id"], name
+    assert sources.unread_columns([str(tmp_path / "a.jsonl.gz")], "train", ()) == []  # its first row is too long
+    both = [str(tmp_path / "a.jsonl"), str(write_rows(tmp_path / "b.jsonl", [{"query": "q", "response": "r", "x": 1}]))]
+    assert sources.unread_columns(both, "train", ("query", "response", "id")) == ["type", "x"]

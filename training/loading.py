@@ -11,13 +11,12 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import gmt
-from common import templates
+from common import sources, templates
 from common.compatibility import largest_text_id, refuse_unscorable
 from common.config import TrainConfig
 from common.errors import UserError, nearest, one_line, user_errors
 from common.hub import from_pretrained, load_weights
 from common.launch import world_size
-from common.sources import load_all
 from common.templates import TEMPLATES
 from training import backend, checks, plan, resume
 from training.data import Examples, permutation, tokenise
@@ -39,7 +38,7 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     template = TEMPLATES[config.template]
     columns, conversations = templates.columns(template, preferences)
     optional = templates.optional_columns(template, preferences, tokenizer)
-    rows = load_all(config.dataset, columns, config.dataset_split, conversations, optional)
+    rows = sources.load_all(config.dataset, columns, config.dataset_split, conversations, optional)
     how = config.template, config.max_length, config.overlong, config.tokenise_processes
     examples = tokenise(rows, tokenizer, *how, preferences, config.train_on_prompt)
     if config.eval_rows >= len(examples):
@@ -47,6 +46,14 @@ def load_data(config: TrainConfig) -> tuple[Any, Examples, Examples]:
     order = permutation(len(examples), config.seed, -1)
     held_out, rest = np.sort(order[: config.eval_rows]), np.sort(order[config.eval_rows :])
     return tokenizer, examples.select(rest), examples.select(held_out)
+
+
+def unread_columns(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Columns of the data that the template makes no use of."""
+    template, preferences = TEMPLATES[config.template], config.objective == "dpo"
+    read, _ = templates.columns(template, preferences)
+    read += templates.optional_columns(template, preferences, tokenizer)
+    return sources.unread_columns(config.dataset, config.dataset_split, read)
 
 
 def load_architecture(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PretrainedConfig:

@@ -48,7 +48,9 @@ def check_batches(config: TrainConfig, num_examples: int | None, processes: int)
             f"{config.per_device_batch_size * processes} examples, more than a step has"
         )
     if num_examples is not None and num_examples < config.global_batch_size:
-        raise UserError(f"{numbers}, {num_examples} examples: a step would be larger than the data")
+        raise UserError(
+            f"{numbers}, {num_examples} examples: a step would be larger than the data; lower global_batch_size"
+        )
 
 
 def check_memory(config: TrainConfig, model: nn.Module, masker: gmt.Masker, processes: int) -> None:
