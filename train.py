@@ -33,7 +33,7 @@ from training.masking import build_masker, calibrate, freeze
 from training.preflight import check_memory, check_paths
 from training.reference import build_objectives
 from training.schedule import lr_factor, set_learning_rate
-from training.steps import backward, evaluation_loss, gradient, scaler_warms_up, step_batches, zero_gradients
+from training.steps import backward, evaluation, gradient, scaler_warms_up, step_batches, zero_gradients
 from training.timing import Timer
 
 SCORED_BY = {  # eval.py's --tasks for models of a template, for the last line that a run prints
@@ -106,7 +106,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
     accumulate, clipping = gradient(config, model, optimizer.optimizer, backward)
     batches_of = functools.partial(step_batches, config, examples, packed, accelerator)
     zero_grad = functools.partial(zero_gradients, optimizer, accelerator)
-    evaluate = functools.partial(evaluation_loss, config, model, held_out, packed, objectives.held_out)
+    evaluate = functools.partial(evaluation, config, model, held_out, packed, objectives.held_out)
     calibrate(config, masker, lambda step: accumulate(model, batches_of(step), objective, accelerator), zero_grad)
     flops_per_token = plan.flops_per_token(accelerator.unwrap_model(model), float(examples.lengths.mean()))
     bar = tqdm(total=total_steps, initial=progress["step"], desc="train", disable=not accelerator.is_main_process)
@@ -161,10 +161,10 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: interrupts.Sig
         # 5. log, evaluate
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{batches.tokens / timer.total():.0f}")
-        eval_loss = evaluate(accelerator) if evaluated else None
+        on_held_out = evaluate(accelerator) if evaluated else {"eval_loss": None}
         if logged or not finite:
             line = {"step": step + 1, "epoch": round((step + 1) / steps_in_epoch, 4), "loss": loss}
-            line |= {**dict(zip(objective.metrics, metrics, strict=True)), "eval_loss": eval_loss, "lr": lr}
+            line |= {**dict(zip(objective.metrics, metrics, strict=True)), **on_held_out, "lr": lr}
             line |= {**norms, **(stats or {}), **progress, "trained_tokens": batches.trained}
             line |= timer.speed(batches.tokens, flops_per_token, accelerator.num_processes, accelerator.device)
             if not finite:
@@ -239,8 +239,8 @@ def summary(
 
 def ending(config: TrainConfig, folder: Path, last: dict[str, Any]) -> str:
     """The last losses, and the command that scores the final model."""
-    losses = {"loss": last.get("loss"), "held-out loss": last.get("eval_loss")}
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
+    names = {"loss": "loss", "eval_loss": "held-out loss", "eval_reward_accuracy": "held-out accuracy of rewards"}
+    shown = ", ".join(f"{name} {last[key]:.4f}" for key, name in names.items() if last.get(key) is not None)
     return (
         f"the end: {shown}\nsaved {folder / 'final'}; score it with: accelerate launch eval.py "
         f"--model {folder / 'final'} --tasks {SCORED_BY.get(config.template, 'TASK')} --output_dir {folder / 'eval'}"

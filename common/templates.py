@@ -367,8 +367,8 @@ def render_preference(
             raise LeftOut("an empty answer")
         if answers[0].strip() == answers[1].strip():
             raise LeftOut("equal answers")
-        prompts = [row[name].strip() for name in template.columns[:-1]]
-        if any(prompt and all(a.strip().startswith(prompt) for a in answers) for prompt in prompts):
+        prompt = row[template.columns[0]].strip()
+        if prompt and all(answer.strip().startswith(prompt) for answer in answers):
             raise LeftOut("answers that repeat the prompt")
         chosen, rejected = (render(template, {**row, template.columns[-1]: a}, tokenizer) for a in answers)
     for segments in (chosen, rejected):
@@ -377,7 +377,7 @@ def render_preference(
 
 
 def _with_prompt(prompt: str | list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages behind a prompt, unless they begin with one."""
+    """The messages behind a prompt, unless they begin with it; LeftOut where they begin with another one."""
     if isinstance(prompt, str):  # beside whole conversations it is their first question once more
         if any(message["role"] == "user" for message in messages):
             return messages
@@ -385,7 +385,14 @@ def _with_prompt(prompt: str | list[dict[str, Any]], messages: list[dict[str, An
         return [*system, {"role": "user", "content": prompt}, *messages[len(system) :]]
     check_messages(prompt, "", f"column {PROMPT!r}")
     prompt = [{"content": None, **{k: v for k, v in message.items() if v is not None}} for message in prompt]
-    return messages if messages[: len(prompt)] == prompt else [*prompt, *messages]
+    texts = [(m["role"], (m["content"] or "").strip()) for m in messages]
+    for system in range(len(list(itertools.takewhile(lambda m: m["role"] == "system", prompt))) + 1):
+        asked = [(m["role"], (m["content"] or "").strip()) for m in prompt[system:]]
+        if asked == texts[: len(asked)]:  # the system's message may stand in the prompt alone
+            return [*prompt[:system], *messages]
+    if messages and messages[0]["role"] != "assistant":
+        raise LeftOut("a prompt that its answers do not begin with")
+    return [*prompt, *messages]
 
 
 def encode(

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 from conftest import make_model, read_metrics, write_rows
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 import gmt
 import train
 from common import run_folder, sources, templates
+from common.config import TrainConfig, parse
 from common.errors import UserError
-from training import data, losses, objectives, reference
+from training import data, losses, objectives, plan, reference, resume
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,30 @@ def test_an_explicit_prompt_stands_in_front_of_both_answers(tmp_path, model_dir)
         tokenised(explicit, tokenizer, "prompt_response", tmp_path)
 
 
+def test_a_prompt_is_not_said_twice(tmp_path, model_dir):
+    """What differs from the conversation's beginning by blanks, or by the system's message, is no other prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    system, chosen, rejected = {"role": "system", "content": "s"}, conversation("q", "good"), conversation("q", "bad")
+    whole = {"chosen": chosen, "rejected": rejected}
+    blank = {"role": "user", "content": "q ", "name": "x"}
+    behind = {"chosen": [system, *chosen], "rejected": [system, *rejected]}
+    for prompt, expected in (([system, chosen[0]], behind), ([blank], whole), ([system], behind), ([], whole)):
+        rows = [{"prompt": prompt, **whole}], [expected]
+        found, implicit = (tokenised(x, tokenizer, "tulu", tmp_path).rows.to_list() for x in rows)
+        assert found == implicit, prompt
+    more = {"chosen": conversation("q", "a", "r", "good")[1:], "rejected": conversation("q", "a", "r", "bad")[1:]}
+    (row,) = tokenised([{"prompt": chosen[:1], **more}], tokenizer, "tulu", tmp_path).rows.to_list()
+    assert tokenizer.decode(row["input_ids"]).count("<|user|>\nq\n") == 2  # once for each answer
+    with pytest.raises(UserError, match="1 with a prompt that its answers do not begin with"):
+        tokenised([{"prompt": conversation("p"), **whole}], tokenizer, "tulu", tmp_path)
+
+
+def test_answers_that_begin_as_a_rows_input_does_are_kept(tmp_path, model_dir):
+    row = {"instruction": "Go on.", "input": "a", "chosen": "a b", "rejected": "a c"}
+    examples = tokenised([row], AutoTokenizer.from_pretrained(model_dir), "alpaca", tmp_path, 512)
+    assert len(examples) == 1
+
+
 def test_of_a_conversation_the_last_answer_is_trained(tmp_path, model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     rows = [{"chosen": conversation("q", "a", "r", "good"), "rejected": conversation("q", "a", "r", "bad one")}]
@@ -226,14 +252,34 @@ def test_at_step_0_the_policy_is_the_reference_and_then_the_margin_grows(tmp_pat
     train.main(dpo_args(tmp_path / "run", "--rule", "gmt", "--keep_ratio", "0.3", "--eval_rows", "3", "--epochs", "6"))
     lines = read_metrics(tmp_path / "run")
     assert lines[0]["loss"] == math.log(2)
-    for name in ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "implicit_kl"):
-        assert lines[0][name] == 0.0, name
+    names = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "implicit_kl")
+    assert all(lines[0][name] == 0.0 for name in names)
+    held = {name: lines[-1][f"eval_{name}"] for name in names}  # of the held-out pairs
+    assert held["reward_margin"] == pytest.approx(held["reward_chosen"] - held["reward_rejected"])
+    assert held["reward_accuracy"] in (0, 1 / 3, 2 / 3, 1) and held["implicit_kl"] != lines[-1]["implicit_kl"]
+    assert lines[-2]["eval_loss"] is None and "eval_reward_margin" not in lines[-2]
     assert lines[-1]["reward_margin"] > 0.05 and lines[-1]["loss"] < 0.67 and lines[-1]["reward_accuracy"] == 1.0
     assert lines[-1]["eval_loss"] != math.log(2) and abs(lines[-1]["eval_loss"] - math.log(2)) < 0.2
     reward = lines[-1]["reward_chosen"] + lines[-1]["reward_rejected"]
     assert lines[-1]["implicit_kl"] == pytest.approx(reward / 2 / 0.1)
     logps = load_file(tmp_path / "run" / "reference.safetensors")
     assert logps["0"].shape == (9, 2) and logps["1"].shape == (3, 2) and all((x < 0).all() for x in logps.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_policy_has_no_dropout_since_the_reference_has_none(tmp_path, dpo_args, kind):
+    """In Llama it is a number of the attention, in GPT-2 modules of their own. config.json keeps what it says."""
+    base = make_model(tmp_path / "base", attention_dropout=0.3)
+    if kind == "gpt2":
+        shape = {"vocab_size": 259, "n_positions": 256, "n_embd": 32, "n_layer": 1, "n_head": 2, "eos_token_id": 1}
+        GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0)).save_pretrained(base)
+    words = ["--model", str(base), "--gradient_checkpointing", "true", "--eval_rows", "2", "--eval_every", "1"]
+    train.main(dpo_args(tmp_path / "run", *words, "--learning_rate", "1e-12", "--max_steps", "2"))
+    for line in read_metrics(tmp_path / "run"):
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(line["implicit_kl"]) < 1e-4
+    before, after = (json.loads((f / "config.json").read_text()) for f in (base, tmp_path / "run" / "final"))
+    name = "attention_dropout" if kind == "llama" else "resid_pdrop"
+    assert before[name] == after[name] > 0
 
 
 def test_step_0_in_bf16(tmp_path, dpo_args):
@@ -311,6 +357,17 @@ def test_a_resumed_run_is_refused_another_reference(tmp_path, dpo_args, model_di
         train.main([*words, "--resume"])
 
 
+def test_of_a_hub_model_that_is_not_here_yet_nothing_is_compared(monkeypatch):
+    """On a new machine the settings are compared before the model is fetched, and once more after it."""
+    config = parse(
+        TrainConfig,
+        ["--model", "a/b", "--dataset", "d.jsonl", "--objective", "dpo", "--output_dir", "o", "--rule", "none"],
+    )
+    assert "reference" not in resume.about_settings(config)
+    monkeypatch.setattr(resume, "identity", lambda model: [("revision", "1")])
+    assert resume.about_settings(config)["reference"]["model_files"]
+
+
 def test_keys_of_dpo_change_the_training(tmp_path, dpo_args):
     runs = {"plain": [], "beta": ["--beta", "0.5"], "normalised": ["--length_normalised"]}
     lines = {}
@@ -342,10 +399,14 @@ def test_bad_input(tmp_path, dpo_args, rows_file):
         train.main(dpo_args(tmp_path / "a", "--dataset", str(same)))
 
 
-def test_dry_run(tmp_path, dpo_args, capsys):
+def test_dry_run(tmp_path, dpo_args, model_dir, capsys):
     train.main(dpo_args(tmp_path / "run", "--dry_run", "--gradient_checkpointing"))
     out = capsys.readouterr().out
     assert "steps: 9 of 4 examples" in out and not (tmp_path / "run").exists()
+    tokens = int(re.search(r"12 examples, ([\d,]+) tokens", out)[1].replace(",", ""))
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    steps, reference = (plan.flops_per_token(model, tokens / 12, forward_only=only) for only in (False, True))
+    assert f"compute: {tokens * (3 * steps + reference):.3g} FLOPs" in out
 
 
 def test_the_readme_of_the_run_says_dpo(tmp_path, dpo_args):

@@ -276,6 +276,10 @@ def test_flops_are_those_that_torch_counts(tmp_path, kind):
     # eager attention computes both halves of the causal square
     both_halves = plan.flops_per_token(model, 2 * 64) * ids.numel()
     assert abs(counter.get_total_flops() / both_halves - 1) < 0.02
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    both_halves = plan.flops_per_token(model, 2 * 64, forward_only=True) * ids.numel()
+    assert abs(counter.get_total_flops() / both_halves - 1) < 0.02
 
 
 def test_dry_run_prints_the_plan_and_makes_nothing(tmp_path, train_args, capsys, monkeypatch):

@@ -594,12 +594,15 @@ def plans() -> dict[str, dict[str, float]]:
         model = plan.on_meta(config, architecture)
         whole = plan.tensor_bytes(config, model.parameters(), 1)
         n = SIZES[config.dataset[0]]
-        tokens = n * config.epochs * per_example * config.max_length
+        tokens = n * per_example * config.max_length
+        flops = config.epochs * tokens * plan.flops_per_token(model, config.max_length)
+        if config.objective == "dpo":
+            flops += tokens * plan.flops_per_token(model, config.max_length, forward_only=True)
         found[name] = {
             "rows": n,
             "steps": config.epochs * math.ceil(n / config.global_batch_size),
             "memory": " | ".join(memory(config, model, gpus) for gpus in (8, 64)),
-            "hours": tokens * plan.flops_per_token(model, config.max_length) / (0.4 * plan.PEAK_FLOPS["A100"]) / 3600,
+            "hours": flops / (0.4 * plan.PEAK_FLOPS["A100"]) / 3600,
             "final": whole["weights"] / GIB,
             "checkpoint": (whole["weights"] + whole["optimizer"]) / GIB,
             "kept": config.keep_checkpoints + 1,

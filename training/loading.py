@@ -172,10 +172,26 @@ def load_trainable_model(
             limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
         for layer in layers:  # otherwise one compilation serves all, since they are alike; names stay
             layer.compile(dynamic=True)
+    if config.objective == "dpo":
+        switch_dropout_off(model)
     _make_generation_config_valid(model)
     _end_generation_at(model, templates.turn_ends(TEMPLATES[config.template], tokenizer))
     attach_loss(model, config.loss_chunk)
     return model
+
+
+def switch_dropout_off(model: torch.nn.Module) -> None:
+    """Train without the model's own dropout, as DPO's authors and TRL do: the reference is computed without it.
+
+    With it, policy and reference differ before the first step. What config.json says stays; LoRA's dropout, which comes
+    later, is asked for by name.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # attention's is a number in most models
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _make_generation_config_valid(model: torch.nn.Module) -> None:

@@ -324,11 +324,12 @@ def experts(architecture: PretrainedConfig) -> tuple[int, int] | None:
     return (active, of_layer) if 0 < active < of_layer else None
 
 
-def flops_per_token(model: nn.Module, length: float) -> float:
+def flops_per_token(model: nn.Module, length: float, forward_only: bool = False) -> float:
     """FLOPs of forward and backward per token: 6 per weight of a matrix product, and causal attention's 6 L h s.
 
-    A frozen weight takes 4: its gradient is not computed. Of a mixture's experts those count that a token passes.
-    Recomputation by gradient checkpointing is not counted, as is usual for model-flops utilisation.
+    A frozen weight takes 4: its gradient is not computed. The forward pass alone takes 2 of each. Of a
+    mixture's experts those count that a token passes. Recomputation by gradient checkpointing is not counted, as is
+    usual for model-flops utilisation.
     """
     architecture = model.config.get_text_config()
     embedding = model.get_input_embeddings().weight
@@ -340,11 +341,11 @@ def flops_per_token(model: nn.Module, length: float) -> float:
             continue
         if p.dim() >= 2 and not name.endswith("bias") and (tied or p is not embedding):
             share = active / of_layer if ".experts." in name else 1
-            products += (6 if p.requires_grad else 4) * p.numel() * share
+            products += (2 if forward_only else 6 if p.requires_grad else 4) * p.numel() * share
     width = architecture.num_attention_heads * (
         getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
     )
-    return products + 6 * architecture.num_hidden_layers * width * length
+    return products + (2 if forward_only else 6) * architecture.num_hidden_layers * width * length
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -467,7 +468,10 @@ def report(
     checkpoint = whole["weights"] + whole["optimizer"]
     saves = config.save_every or config.save_every_minutes
     disk = whole["weights"] + ((config.keep_checkpoints + 1) * checkpoint if saves else 0)
-    flops = tokens * flops_per_token(model, float(np.mean(examples.lengths)))
+    mean = float(np.mean(examples.lengths))
+    flops = tokens * flops_per_token(model, mean)
+    if config.objective == "dpo":  # the reference's pass over all pairs
+        flops += examples.lengths.sum() * flops_per_token(model, mean, forward_only=True)
     mixture = experts(model.config)
     where = f"{processes} process(es), each with the whole model"
     if sharded:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import run_folder
 from common.config import TrainConfig
@@ -78,12 +79,15 @@ def compute(model: nn.Module, parts: list[tuple[Examples, Iterable[Any]]], accel
             In the micro-batches of training, policy and reference agree to the last bit before the first step.
     """
     out = []
-    with evaluating(model):
+    number = sum(len(examples) for examples, _ in parts)
+    bar = tqdm(total=number, desc="reference", unit="pair", disable=not accelerator.is_main_process)
+    with bar, evaluating(model):
         for examples, micro_batches in parts:
             logps = torch.zeros(len(examples), 2, dtype=torch.float64, device=accelerator.device)
             for batch in micro_batches:
                 tokens = torch.from_numpy(examples.sequence_trained[batch.ids].reshape(-1, 2))
                 logps[batch.ids] = sequence_logps(model(**batch.inputs), tokens)
+                bar.update(len(batch.ids) * accelerator.num_processes)  # about: the others compute theirs
             out.append(accelerator.reduce(logps, "sum").cpu())
     return out
 

@@ -19,10 +19,12 @@ from training.data import Examples
 def about_settings(config: TrainConfig) -> dict[str, Any]:
     """What is known of a run before its data are loaded: configuration, versions, hardware, and DPO's reference.
 
-    A resumed run of DPO needs the reference once more, which is the model as it was when training began.
+    A resumed run of DPO needs the reference once more, which is the model as it was when training began. Of a Hub model
+    that is not on this machine yet, nothing is known.
     """
-    files = hashlib.sha256(repr(identity(config.model)).encode()).hexdigest()[:16]
-    reference = {"reference": {"model_files": files}} if config.objective == "dpo" else {}
+    reference, files = {}, identity(config.model)
+    if config.objective == "dpo" and files:
+        reference = {"reference": {"model_files": hashlib.sha256(repr(files).encode()).hexdigest()[:16]}}
     return {"config": asdict(config), **reference, **run_folder.environment()}
 
 

@@ -162,23 +162,26 @@ def scaler_warms_up(accelerator: Accelerator, progress: dict[str, Any]) -> bool:
     return accelerator.scaler is not None and before_the_first and accelerator.scaler.get_scale() >= 1
 
 
-def evaluation_loss(
+def evaluation(
     config: TrainConfig,
     model: nn.Module,
     held_out: Examples,
     packed: bool,
     objective: Objective,
     accelerator: Accelerator,
-) -> float | None:
-    """The objective's loss on the held-out examples: for SFT the mean cross-entropy per trained token, in nats.
+) -> dict[str, float | None]:
+    """The objective's loss and metrics on the held-out examples, named eval_loss and so on.
 
-    None where none are held out.
+    The loss of SFT is the mean cross-entropy per trained token, in nats. All are None where no examples are held out.
     """
+    names = [f"eval_{name}" for name in ("loss", *objective.metrics)]
     if not len(held_out):
-        return None
+        return dict.fromkeys(names)
     model = accelerator.unwrap_model(model)
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(len(names), dtype=torch.float64, device=accelerator.device)
     with evaluating(model):
         for batch in distribute(config, held_out, np.arange(len(held_out)), packed, accelerator):
-            total += objective(model(**batch.inputs), batch.ids)[0]
-    return accelerator.reduce(total, "sum").item() / objective.count(np.arange(len(held_out)))
+            loss, metrics = objective(model(**batch.inputs), batch.ids)
+            totals += torch.stack([loss, *metrics])
+    means = accelerator.reduce(totals, "sum") / objective.count(np.arange(len(held_out)))
+    return dict(zip(names, means.tolist(), strict=True))
