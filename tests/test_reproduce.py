@@ -108,7 +108,7 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
             expected += [f"mistral_7b/{rule}_seed{seed}/{what}" for what in (kind, "eval")]
     assert stages(out) == [*expected, "mistral_7b/report"]
     done = calls(tmp_path)
-    launcher = "launch --config_file configs/accelerate/fsdp2.yaml --num_processes 1"
+    launcher = "launch --config_file configs/accelerate/single_gpu.yaml --num_processes 1"
     tuned = "OUT/mistral_7b/{}_seed0"
     start = f"{launcher} train.py --config configs/math_mistral_7b.yaml --dataset meta-math/MetaMathQA --rule"
     end = "--model mistralai/Mistral-7B-v0.1 --learning_rate 1e-5 --output_dir"
@@ -134,7 +134,7 @@ def test_every_rule_is_trained_and_scored_once(run, tmp_path):
     assert planned[4].startswith(
         "scripts/merge.py drop --base mistralai/Mistral-7B-v0.1 --tuned OUT/mistral_7b/none_seed0/f"
     )
-    assert (tmp_path / "planned_for").read_text() == "1 true\n"
+    assert (tmp_path / "planned_for").read_text() == "1 no\n"
     assert not list((tmp_path / "out").rglob("checkpoints"))
 
     code, out, err = finish(run("reproduce_math.sh", "--learning_rate", "1e-5", EVAL_ARGS="--limit 7", **words))

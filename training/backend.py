@@ -105,7 +105,10 @@ def check_supported(config: TrainConfig) -> None:
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise UserError("FSDP2 with CPU offload is not supported: set fsdp_offload_params: false")
     if config.optimizer not in ("adamw", *ZEROTH_ORDER):
-        raise UserError(f"optimizer {config.optimizer} is of bitsandbytes, which does not know FSDP2: use adamw")
+        raise UserError(
+            f"optimizer {config.optimizer} is of bitsandbytes, which does not know FSDP2: use adamw, or, on "
+            "one GPU, configs/accelerate/single_gpu.yaml"
+        )
     if config.mixed_precision == "fp16":
         raise UserError("mixed_precision fp16 is not supported under FSDP2: use bf16")
     if config.master_dtype == "bfloat16":

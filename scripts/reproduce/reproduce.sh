@@ -3,7 +3,8 @@
 # Variables, with their defaults:
 #   MODELS, RULES, SEEDS    what is run, e.g. MODELS=mistral_7b RULES="none gmt" SEEDS="0 1 2"; a model is a configs/ file's
 #   KEEP_RATIO=0.2          of gmt, rmt and drop (a choice of ours: the paper's value is not known to us)
-#   NPROC, ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml    processes (all GPUs of the machine), and how they are used
+#   NPROC, ACCELERATE_CONFIG  processes (all GPUs of the machine), and how they are used: one of configs/accelerate/
+#                           (fsdp2.yaml, for one process single_gpu.yaml)
 #   OUT=outputs/reproduce_...   the results: OUT/MODEL/RULE_seedS/{final,eval}, OUT/MODEL/{base,drop_seedS},
 #                           OUT/MODEL/{report.md,report.csv,loss.png}; logs in OUT/logs
 #   DATA_DIR                local copies of the benchmarks (laid out as in docs/evaluation.md); empty: the Hub
@@ -83,7 +84,8 @@ if [ -n "$REDUCED" ]; then
 else
     NPROC=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count())')}
     [ "$NPROC" != 0 ] || refuse "no GPU here; REDUCED=1 tries everything on a CPU, NPROC=N and ACCELERATE_CONFIG say otherwise"
-    ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-configs/accelerate/fsdp2.yaml}
+    if [ "$NPROC" = 1 ]; then hardware=single_gpu; else hardware=fsdp2; fi
+    ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-configs/accelerate/$hardware.yaml}
 fi
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || refuse "NPROC: expected a number of processes, got '$NPROC'"
 [ -f "$ACCELERATE_CONFIG" ] || refuse "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file"
