@@ -1087,12 +1087,15 @@ def _summary(masker: Masker) -> str:
     for name, p in masker.eligible.items():
         by_shape[tuple(p.shape)].append(name)
     share = sum(p.numel() for p in masker.eligible.values()) / max(masker.total_entries, 1)
-    kept = ""
+    kept, unused = "", "; nothing is masked"
     if masker.score:
+        unused = ""
         when = {0: "once", 1: "at each step"}.get(masker.refresh_every, f"every {masker.refresh_every} steps")
         kept = f" (score {masker.score}, chosen {when}, masked_weights {masker.masked_weights})"
         kept += f", keep_ratio {masker.keep_ratio}, scope {masker.scope}"
-    lines = [f"rule {masker.rule}{kept}: {len(masker.eligible)} tensors, {share:.1%} of all parameters, are maskable"]
+    lines = [
+        f"rule {masker.rule}{kept}: {len(masker.eligible)} tensors, {share:.1%} of all parameters, are maskable{unused}"
+    ]
     for shape, names in by_shape.items():
         frozen = sum(not masker.eligible[n].requires_grad for n in names)
         kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", n) for n in names}))

@@ -500,10 +500,12 @@ def test_the_other_task_is_compared_and_what_the_frontier_adds_is_said(real_line
     (row,) = [line for line in text.splitlines() if line.startswith("| GSM8K | gmt minus none (SFT) |")]
     assert row.split(" | ")[-1].startswith("+0.100") and "not fixed before the seeds were run" in text
     seed = {"part": "seeds", "task": "gsm8k", "learning_rate": 1e-4, "keep_ratio": 0.2, "seed": 0}
-    frontier = [{**seed, "rule": r, "retained": 1 + e, "excess": e - f} for r, e, f in (
-        ("gmt", 0.1, 0.0), ("none", 0.2, 0.0123), ("drop", 0.3, 0.5), ("gmt", 0.0, 0.005),
+    frontier = [{**seed, "rule": r, "retained": 1 + e, "excess": e - f, "new": new} for r, e, f, new in (
+        ("gmt", 0.1, 0.0, 0.9), ("none", 0.2, 0.0123, 0.95), ("drop", 0.3, 0.5, 2.0), ("gmt", 0.0, 0.005, 1.0),
     )]  # fmt: skip
-    assert "SFT's frontier changes by 0.0123 nats" in smollm2_report.level_text("gsm8k", frontier)
+    rates = [real_line("rates", "gsm8k", "none", rate, 1000, new, 2.8) for rate, new in ((1e-4, 0.97), (2e-4, 0.92))]
+    said = smollm2_report.level_text("gsm8k", [*frontier, *({**x, "excess": 0.0} for x in rates)])
+    assert "is made of 2 rates of one seed, and changes by 0.0123 nats" in said and "2 of 3 lie beyond its ends" in said
     assert smollm2_report.level_text("gsm8k", []) == ""
 
 
