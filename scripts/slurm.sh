@@ -4,14 +4,27 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR1@900
 #SBATCH --requeue
 # A training over Slurm's machines: sbatch scripts/slurm.sh --config configs/math_mistral_7b.yaml --output_dir outputs/x
-# Arguments go to train.py. Submit it from the repository's root, in an environment that has requirements.txt.
-# Five minutes before the time is up Slurm sends USR1: train.py saves and ends, the job is queued again and goes on.
-# (A machine that fails also has the job queued again: save_every or save_every_minutes says how much that costs.)
+# Arguments go to train.py. Submit it from the repository's root, in an environment that has requirements.txt; output_dir has
+# to be on a file system that the machines share. Weights, gradients and moments are cut within a machine and copied between
+# them; SHARD=16 sbatch ... cuts them over 16 GPUs.
+# Fifteen minutes before the time is up Slurm sends USR1: train.py saves and ends, the job is queued again and goes on. A
+# checkpoint takes 12 bytes a parameter, and is written and read once in that time: 13B, 156 GB, need 0.5 GB a second.
+# (A machine that fails also has the job queued again: save_every or save_every_minutes says how much that costs. So do
+# scancel and preemption, which kill what is there.)
 set -euo pipefail
+
+for word in "$@"; do
+    case $word in --overwrite*)
+        echo "slurm.sh: error: --overwrite would delete what a queued job goes on from: delete the output_dir yourself" >&2
+        exit 2
+        ;;
+    esac
+done
 
 wait_for() { # wait for a process to its end: a trapped signal ends `wait` early; the exit code is put into $code
     while true; do
@@ -36,10 +49,11 @@ if [ "${1:-}" = --this-machine ]; then # what srun starts once on each machine
     # The launcher hands no signal on, and would die of this one: its children, the training processes, get it.
     trap 'pkill -USR1 -P "$launcher" || true' USR1
     gpus="${SLURM_GPUS_ON_NODE:-8}"
+    processes=$((SLURM_NNODES * gpus)) shard="${SHARD:-$gpus}"
     accelerate launch --config_file configs/accelerate/fsdp2_multinode.yaml \
-        --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * gpus)) --machine_rank "$SLURM_NODEID" \
+        --num_machines "$SLURM_NNODES" --num_processes "$processes" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$MAIN_ADDRESS" --main_process_port "${MAIN_PORT:-29500}" \
-        --parallelism_config_dp_replicate_size "$SLURM_NNODES" --parallelism_config_dp_shard_size "$gpus" \
+        --parallelism_config_dp_replicate_size $((processes / shard)) --parallelism_config_dp_shard_size "$shard" \
         train.py "$@" &
     launcher=$!
     wait_for "$launcher"
@@ -53,7 +67,8 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && run_has_begun "$@"; then set -- "$@"
 
 stopped=
 trap 'stopped=1; kill -USR1 "$steps" 2>/dev/null || true' USR1 # srun hands it on to the machines
-srun bash scripts/slurm.sh --this-machine "$@" &
+# Without the first word the other machines would wait for hours for one that has failed; the second gives each all cores.
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" bash scripts/slurm.sh --this-machine "$@" &
 steps=$!
 wait_for "$steps"
 if [ -n "$stopped" ] && [ "$code" != 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,3 +212,12 @@ def test_bad_input_under_torchrun_ends_all_processes(tmp_path, train_args):
     bad_row = write_rows(tmp_path / "rows.jsonl", [{"query": "q"}])
     done = run(2, train_args(tmp_path / "run", "--dataset", str(bad_row)))
     assert done.returncode != 0 and "line 1: no column 'response'" in done.stderr
+
+
+@pytest.mark.slow
+def test_machines_that_share_no_folder_are_told_so_before_the_first_step(tmp_path, train_args):
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    done = run(2, train_args(Path("run")), APART=str(tmp_path))
+    assert done.returncode != 0 and "output_dir run is not one folder for all processes" in done.stderr
+    assert not list(tmp_path.rglob("metrics.jsonl"))

@@ -19,6 +19,7 @@ STAND_INS = {
     # one task on each of two machines; signals are handed on
     "srun": """
         trap 'kill -USR1 $tasks' USR1
+        while [[ $1 == --* ]]; do echo "$1" >>"$OUT/words_of_srun"; shift; done
         for machine in 0 1; do SLURM_NODEID=$machine "$@" & tasks="${tasks:-} $!"; done
         for task in $tasks; do while kill -0 $task 2>/dev/null; do wait $task; code=$?; done; done
         exit $code""",
@@ -39,6 +40,7 @@ def submit(tmp_path: Path, *args: str, **env: str) -> subprocess.Popen:
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "x[1-2]", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}
+    slurm["SLURM_CPUS_ON_NODE"] = "64"
     return subprocess.Popen(
         ["bash", "scripts/slurm.sh", *args],
         cwd=ROOT,
@@ -57,6 +59,7 @@ def test_a_signal_reaches_the_training_processes_and_the_job_is_queued_again(tmp
     _, err = job.communicate(timeout=30)
     assert all((tmp_path / f"saved.{i}").exists() for i in (0, 1)), err
     assert job.returncode == 1 and (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert (tmp_path / "words_of_srun").read_text() == "--kill-on-bad-exit=1\n--cpus-per-task=64\n"
     for machine in (0, 1):
         words = (tmp_path / f"launched.{machine}").read_text()
         for expected in (
@@ -83,6 +86,23 @@ def test_a_job_that_ends_is_not_queued_again_and_one_that_was_goes_on_if_it_had_
     resume = ["--resume"] if begun or not form else []  # without the word, the YAML file names the folder
     assert (tmp_path / "launched.0").read_text().endswith(" ".join(["train.py", *words, *resume]) + "\n")
     assert not (tmp_path / "requeued").exists()
+
+
+def test_one_copy_over_all_machines(tmp_path):
+    job = submit(tmp_path, "--max_steps", "3", ENDS="1", SHARD="8")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 0, err
+    words = (tmp_path / "launched.1").read_text()
+    assert "--parallelism_config_dp_replicate_size 1 --parallelism_config_dp_shard_size 8" in words
+
+
+@pytest.mark.parametrize("word", ["--overwrite", "--overwrite=true"])
+def test_overwrite_is_refused_at_once(tmp_path, word):
+    """Of a job that is queued again it would delete the checkpoints."""
+    job = submit(tmp_path, word, ENDS="1")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 2 and err.startswith("slurm.sh: error: --overwrite would delete") and err.count("\n") == 1
+    assert not (tmp_path / "launched.0").exists()
 
 
 @pytest.mark.parametrize("name", ["single_gpu", "ddp", "fsdp2", "fsdp2_multinode"])

@@ -177,6 +177,8 @@ def load_trainable_model(
     _make_generation_config_valid(model)
     _end_generation_at(model, templates.turn_ends(TEMPLATES[config.template], tokenizer))
     attach_loss(model, config.loss_chunk)
+    if accelerator:  # while one reads, others in `prepare` would wait in groups whose patience is 10 minutes
+        accelerator.wait_for_everyone()
     return model
 
 
