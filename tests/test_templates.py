@@ -13,9 +13,10 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer
 
 import train
 from common import sources, templates
+from common.config import TrainConfig, parse
 from common.errors import UserError
 from common.hub import from_pretrained, save_tokenizer
-from training import data
+from training import data, loading
 
 USER, ASSISTANT = "user", "assistant"
 
@@ -473,7 +474,8 @@ def test_the_first_example_is_shown_at_the_start(tmp_path, train_args, capsys):
     last = train.main(train_args(tmp_path / "run", *words))
     said = capsys.readouterr().out
     assert "20 examples (0 cut to max_length 512, 1 left out (1 with an empty message), 2 held out)" in said
-    assert "\ncolumns that template tulu does not read: id\n" in said
+    assert "\ncolumns that template tulu does not read: id\n" in said and "maskable; nothing is masked\n" in said
+    assert " --tasks TASK --prompt_format tulu " in said
     assert f"\nthe end: loss {last['loss']:.4f}, held-out loss {last['eval_loss']:.4f}\nsaved " in said
     # 9 of the header <|user|>, 11, 14 of <|assistant|>; "It is 0." is 8 and EOS
     assert "\nexample 0 of 20: 43 tokens, 9 of them trained\n  not trained    34 tokens [" in said
@@ -583,3 +585,13 @@ def test_columns_that_no_one_reads(tmp_path):
     assert sources.unread_columns([str(tmp_path / "a.jsonl.gz")], "train", ()) == []  # its first row is too long
     both = [str(tmp_path / "a.jsonl"), str(write_rows(tmp_path / "b.jsonl", [{"query": "q", "response": "r", "x": 1}]))]
     assert sources.unread_columns(both, "train", ("query", "response", "id")) == ["type", "x"]
+
+
+def test_optional_columns_are_read(tmp_path, model_dir):
+    """tools goes to the chat template, where it is rendered or refused; of a pair the prompt stands in front."""
+    row = {"messages": [], "chosen": [], "rejected": [], "prompt": "q", "tools": [], "id": 1}
+    words = ["--model", str(model_dir), "--dataset", str(write_rows(tmp_path / "r.jsonl", [row])), "--output_dir", "o"]
+    for objective, unread in (("sft", "chosen, rejected, prompt, id"), ("dpo", "messages, id")):
+        config = parse(TrainConfig, [*words, "--rule", "none", "--template", "tulu", "--objective", objective])
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        assert ", ".join(loading.unread_columns(config, tokenizer)) == unread
