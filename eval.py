@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     try:
         with run_folder.lock(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            run_folder.refuse_separate_folders(folder, accelerator)
             if not config.score_only:
                 generate_answers(config, folder, runs, accelerator)
             accelerator.end_training()  # ends the process group: the others need not wait while this one scores

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         lock = run_folder.lock(Path(config.output_dir)) if accelerator.is_main_process else contextlib.nullcontext()
         with lock, interrupts.Signals() as signals:
+            run_folder.refuse_separate_folders(Path(config.output_dir), accelerator)
             line = train(config, accelerator, signals)
         accelerator.end_training()  # ends the process group
         return line

@@ -11,6 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
@@ -19,12 +21,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 
 from common.config import TrainConfig
 from common.errors import UserError, one_line
 
 RUN, METRICS, MASKS, REFERENCE = "run.json", "metrics.jsonl", "masks.jsonl", "reference.safetensors"
-LEFT_BY_A_FAILED_START = (".lock", f"{RUN}.aside")
+LOCK = ".lock"
+LEFT_BY_A_FAILED_START = (LOCK, f"{RUN}.aside")
 
 
 def check_writable(folder: Path) -> None:
@@ -57,7 +61,7 @@ def lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        f = open(folder / ".lock", "a+")  # noqa: SIM115  closed below
+        f = open(folder / LOCK, "a+")  # noqa: SIM115  closed below
     except OSError as e:
         raise UserError(f"output_dir {folder}: cannot be made: {e.strerror}") from None
     with f:
@@ -71,7 +75,35 @@ def lock(folder: Path) -> Iterator[None]:
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}")
         f.flush()
+        os.fsync(f.fileno())
         yield
+
+
+def refuse_separate_folders(folder: Path, accelerator: Accelerator, patience: float = 60) -> None:
+    """Raise UserError, on every process, where one does not see the lock that the main process has just taken.
+
+    Each machine would keep its part of a checkpoint, or of the answers, to itself, and nobody could read the whole.
+
+    Args:
+        patience: seconds; a network's file system may show a new file late.
+    """
+    seen = torch.tensor([_checksum(folder / LOCK)], device=accelerator.device)
+    written, deadline = broadcast(seen).item(), time.monotonic() + patience
+    while _checksum(folder / LOCK) != written and time.monotonic() < deadline:
+        time.sleep(0.5)
+    apart = torch.tensor([float(_checksum(folder / LOCK) != written)], device=accelerator.device)
+    if accelerator.reduce(apart, "sum") > 0:
+        raise UserError(
+            f"output_dir {folder} is not one folder for all processes: it has to be on a file system that all machines "
+            "share"
+        )
+
+
+def _checksum(file: Path) -> int:
+    try:
+        return zlib.crc32(file.read_bytes())
+    except OSError:
+        return -1
 
 
 def clear(folder: Path) -> None:

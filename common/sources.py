@@ -205,6 +205,8 @@ def _hint(column: str, row: dict, columns: tuple[str, ...]) -> str:
         return ": put prompt and completion into one list of messages, or use template prompt_response"
     if column == MESSAGES and "conversations" in row:
         return ": rename it, its from and value to role and content, human and gpt to user and assistant"
+    if column in ("chosen", "rejected"):
+        return ": --objective dpo trains on pairs of answers, --objective sft on rows of one"
     fitting = (hint for shape, hint in SHAPES.items() if {*shape} <= row.keys() and not {*shape} <= {*columns})
     return next((f": {hint}" for hint in fitting), "")
 

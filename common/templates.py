@@ -385,12 +385,15 @@ def _with_prompt(prompt: str | list[dict[str, Any]], messages: list[dict[str, An
         return [*system, {"role": "user", "content": prompt}, *messages[len(system) :]]
     check_messages(prompt, "", f"column {PROMPT!r}")
     prompt = [{"content": None, **{k: v for k, v in message.items() if v is not None}} for message in prompt]
-    texts = [(m["role"], (m["content"] or "").strip()) for m in messages]
-    for system in range(len(list(itertools.takewhile(lambda m: m["role"] == "system", prompt))) + 1):
-        asked = [(m["role"], (m["content"] or "").strip()) for m in prompt[system:]]
-        if asked == texts[: len(asked)]:  # the system's message may stand in the prompt alone
-            return [*prompt[:system], *messages]
-    if messages and messages[0]["role"] != "assistant":
+    asked, texts = ([(m["role"], (m["content"] or "").strip()) for m in part] for part in (prompt, messages))
+    mine, theirs = (len(list(itertools.takewhile(lambda m: m[0] == "system", part))) for part in (asked, texts))
+    if asked == texts[: len(asked)]:
+        return messages
+    if not theirs and asked[mine:] == texts[: len(asked) - mine]:  # the system's message stands in the prompt alone
+        return [*prompt[:mine], *messages]
+    if not mine and asked == texts[theirs : theirs + len(asked)]:  # or in the answers
+        return messages
+    if texts and texts[0][0] in ("system", "user"):
         raise LeftOut("a prompt that its answers do not begin with")
     return [*prompt, *messages]
 

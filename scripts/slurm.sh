@@ -14,17 +14,24 @@
 # them; SHARD=16 sbatch ... cuts them over 16 GPUs.
 # Fifteen minutes before the time is up Slurm sends USR1: train.py saves and ends, the job is queued again and goes on. A
 # checkpoint takes 12 bytes a parameter, and is written and read once in that time: 13B, 156 GB, need 0.5 GB a second.
-# (A machine that fails also has the job queued again: save_every or save_every_minutes says how much that costs. So do
-# scancel and preemption, which kill what is there.)
+# A machine that fails also has the job queued again, and preemption where the cluster does so: save_every or
+# save_every_minutes says how much that costs. After scancel, submit it again with --resume.
 set -euo pipefail
 
 for word in "$@"; do
     case $word in --overwrite*)
-        echo "slurm.sh: error: --overwrite would delete what a queued job goes on from: delete the output_dir yourself" >&2
+        echo "slurm.sh: error: with --overwrite a job that is queued again could not go on: delete the output_dir instead" >&2
         exit 2
         ;;
     esac
 done
+
+gpus="${SLURM_GPUS_ON_NODE:-8}"
+processes=$((${SLURM_NNODES:-1} * gpus)) shard="${SHARD:-$gpus}"
+if ! [[ $shard =~ ^[1-9][0-9]*$ ]] || [ $((processes % shard)) != 0 ]; then
+    echo "slurm.sh: error: SHARD=$shard: expected a divisor of $processes, the number of all GPUs" >&2
+    exit 2
+fi
 
 wait_for() { # wait for a process to its end: a trapped signal ends `wait` early; the exit code is put into $code
     while true; do
@@ -48,8 +55,6 @@ if [ "${1:-}" = --this-machine ]; then # what srun starts once on each machine
     shift
     # The launcher hands no signal on, and would die of this one: its children, the training processes, get it.
     trap 'pkill -USR1 -P "$launcher" || true' USR1
-    gpus="${SLURM_GPUS_ON_NODE:-8}"
-    processes=$((SLURM_NNODES * gpus)) shard="${SHARD:-$gpus}"
     accelerate launch --config_file configs/accelerate/fsdp2_multinode.yaml \
         --num_machines "$SLURM_NNODES" --num_processes "$processes" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$MAIN_ADDRESS" --main_process_port "${MAIN_PORT:-29500}" \

@@ -15,7 +15,7 @@ import eval as evaluation
 import train
 from common import integrity, run_folder
 from common.errors import UserError
-from training import checkpoint, resume
+from training import checkpoint
 
 
 class Crash(BaseException):
@@ -260,15 +260,15 @@ def test_overwriting_never_leaves_half_of_a_checkpoint(tmp_path, train_args, cut
 
 def test_a_folder_that_is_not_the_main_process_s_is_refused(tmp_path, monkeypatch):
     """On a network's file system the file may come late, and be an older one at first."""
-    here, there = tmp_path / "run.json", b"of the main process"
-    monkeypatch.setattr(resume, "broadcast", lambda seen: torch.tensor([zlib.crc32(there)]))
+    here, there = tmp_path / ".lock", b"of the main process"
+    monkeypatch.setattr(run_folder, "broadcast", lambda seen: torch.tensor([zlib.crc32(there)]))
     alone = SimpleNamespace(device="cpu", reduce=lambda flag, how: flag)
     for content in (None, b"of an older run"):
         if content:
             here.write_bytes(content)
         with pytest.raises(UserError, match="is not one folder for all processes"):
-            resume.refuse_separate_folders(here, alone, patience=0)
+            run_folder.refuse_separate_folders(tmp_path, alone, patience=0)
     late = threading.Timer(0.3, lambda: here.write_bytes(there))
     late.start()
-    resume.refuse_separate_folders(here, alone, patience=60)
+    run_folder.refuse_separate_folders(tmp_path, alone, patience=60)
     late.join()

@@ -11,7 +11,15 @@ import torch
 from conftest import make_model, read_metrics, write_rows
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerCallback,
+)
 
 import gmt
 import train
@@ -177,11 +185,19 @@ def test_a_prompt_is_not_said_twice(tmp_path, model_dir):
         rows = [{"prompt": prompt, **whole}], [expected]
         found, implicit = (tokenised(x, tokenizer, "tulu", tmp_path).rows.to_list() for x in rows)
         assert found == implicit, prompt
+    for prompt, answers in (([chosen[0]], behind), ([blank], behind)):  # the system's message in the answers alone
+        rows = [{"prompt": prompt, **answers}], [behind]
+        found, implicit = (tokenised(x, tokenizer, "tulu", tmp_path).rows.to_list() for x in rows)
+        assert found == implicit, prompt
+    call = [*conversation("q", "call"), {"role": "tool", "content": "1"}, {"role": "assistant", "content": "good"}]
+    assert templates._with_prompt(call[:2], call[2:]) == call
     more = {"chosen": conversation("q", "a", "r", "good")[1:], "rejected": conversation("q", "a", "r", "bad")[1:]}
     (row,) = tokenised([{"prompt": chosen[:1], **more}], tokenizer, "tulu", tmp_path).rows.to_list()
     assert tokenizer.decode(row["input_ids"]).count("<|user|>\nq\n") == 2  # once for each answer
     with pytest.raises(UserError, match="1 with a prompt that its answers do not begin with"):
         tokenised([{"prompt": conversation("p"), **whole}], tokenizer, "tulu", tmp_path)
+    with pytest.raises(UserError, match="1 with a prompt that its answers do not begin with"):
+        tokenised([{"prompt": [{**system, "content": "t"}], **behind}], tokenizer, "tulu", tmp_path)
 
 
 def test_answers_that_begin_as_a_rows_input_does_are_kept(tmp_path, model_dir):
@@ -266,19 +282,26 @@ def test_at_step_0_the_policy_is_the_reference_and_then_the_margin_grows(tmp_pat
     assert logps["0"].shape == (9, 2) and logps["1"].shape == (3, 2) and all((x < 0).all() for x in logps.values())
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])
 def test_the_policy_has_no_dropout_since_the_reference_has_none(tmp_path, dpo_args, kind):
-    """In Llama it is a number of the attention, in GPT-2 modules of their own. config.json keeps what it says."""
+    """In Llama it is a number of the attention, in GPT-2 modules of their own, in Falcon read from the configuration.
+
+    config.json keeps what it says.
+    """
     base = make_model(tmp_path / "base", attention_dropout=0.3)
     if kind == "gpt2":
         shape = {"vocab_size": 259, "n_positions": 256, "n_embd": 32, "n_layer": 1, "n_head": 2, "eos_token_id": 1}
         GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0)).save_pretrained(base)
+    if kind == "falcon":
+        shape = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        rates = {"hidden_dropout": 0.3, "attention_dropout": 0.3, "bos_token_id": 0, "eos_token_id": 1}
+        FalconForCausalLM(FalconConfig(**shape, **rates)).save_pretrained(base)
     words = ["--model", str(base), "--gradient_checkpointing", "true", "--eval_rows", "2", "--eval_every", "1"]
     train.main(dpo_args(tmp_path / "run", *words, "--learning_rate", "1e-12", "--max_steps", "2"))
     for line in read_metrics(tmp_path / "run"):
         assert line["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(line["implicit_kl"]) < 1e-4
     before, after = (json.loads((f / "config.json").read_text()) for f in (base, tmp_path / "run" / "final"))
-    name = "attention_dropout" if kind == "llama" else "resid_pdrop"
+    name = "resid_pdrop" if kind == "gpt2" else "attention_dropout"
     assert before[name] == after[name] > 0
 
 

@@ -96,12 +96,26 @@ def test_one_copy_over_all_machines(tmp_path):
     assert "--parallelism_config_dp_replicate_size 1 --parallelism_config_dp_shard_size 8" in words
 
 
+@pytest.mark.parametrize("shard", ["3", "0", "16", "x"])
+def test_shards_that_do_not_divide_the_gpus_are_refused_at_once(tmp_path, shard):
+    job = submit(tmp_path, ENDS="1", SHARD=shard)
+    _, err = job.communicate(timeout=30)
+    assert (
+        job.returncode == 2
+        and err == f"slurm.sh: error: SHARD={shard}: expected a divisor of 8, the number of all GPUs\n"
+    )
+
+
 @pytest.mark.parametrize("word", ["--overwrite", "--overwrite=true"])
 def test_overwrite_is_refused_at_once(tmp_path, word):
-    """Of a job that is queued again it would delete the checkpoints."""
+    """A job that is queued again gets --resume, which excludes it."""
     job = submit(tmp_path, word, ENDS="1")
     _, err = job.communicate(timeout=30)
-    assert job.returncode == 2 and err.startswith("slurm.sh: error: --overwrite would delete") and err.count("\n") == 1
+    assert (
+        job.returncode == 2
+        and err.startswith("slurm.sh: error: with --overwrite a job that is")
+        and err.count("\n") == 1
+    )
     assert not (tmp_path / "launched.0").exists()
 
 

@@ -564,6 +564,12 @@ def test_who_asks_for_pairs_of_answers_is_not_told_to(tmp_path):
         sources.load_rows(str(path), ("prompt", "chosen", "rejected"))
 
 
+def test_rows_of_one_answer_are_not_for_dpo(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}])
+    with pytest.raises(UserError, match="no column 'chosen'; .*: --objective dpo trains on pairs of answers, --obj"):
+        sources.load_rows(str(path), ("prompt", "chosen", "rejected"))
+
+
 def test_the_shapes_of_rows_are_those_of_the_templates():
     for shape, hint in sources.SHAPES.items():
         for name, template in templates.TEMPLATES.items():

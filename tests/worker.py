@@ -11,7 +11,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import gmt
 import train
 from common import run_folder
-from training import resume
 
 mask_gradients = gmt.Masker.mask_gradients
 
@@ -76,7 +75,7 @@ def main(words: list[str]) -> None:
     run_folder.Log.write = crash
     if "APART" in os.environ:  # as on machines that share no file system
         os.chdir(os.path.join(os.environ["APART"], os.environ["RANK"]))
-        resume.refuse_separate_folders.__defaults__ = (0,)
+        run_folder.refuse_separate_folders.__defaults__ = (0,)
     if "UNUSED" in os.environ:
         train.load_trainable_model = load_with_unused_weight
     end_training, Accelerator.end_training = Accelerator.end_training, lambda self: None  # the process group stays

@@ -59,6 +59,8 @@ def save_model(accelerator: Accelerator, folder: Path, model, tokenizer, card: s
 
     def write(aside: Path) -> None:
         weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None
+        for config, name, rate in getattr(accelerator.unwrap_model(model), "dropout_rates", ()):  # DPO's: see loading
+            setattr(config, name, rate)
         if accelerator.is_main_process:
             accelerator.unwrap_model(model).save_pretrained(aside, state_dict=weights)
             save_tokenizer(tokenizer, aside)

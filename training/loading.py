@@ -185,13 +185,23 @@ def load_trainable_model(
 def switch_dropout_off(model: torch.nn.Module) -> None:
     """Train without the model's own dropout, as DPO's authors and TRL do: the reference is computed without it.
 
-    With it, policy and reference differ before the first step. What config.json says stays; LoRA's dropout, which comes
-    later, is asked for by name.
+    With it, policy and reference differ before the first step. A rate is that of a Dropout module, a number in a module
+    (attention's, in most models) or read from the configuration at each pass (Falcon). checkpoint.save_model writes the
+    configuration as it was: `dropout_rates` of the model. LoRA's dropout, which comes later, is asked for by name.
     """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    model.dropout_rates = [
+        (config, name, value)
+        for config in configs.values()
+        for name, value in vars(config).items()
+        if "drop" in name and isinstance(value, float)
+    ]
+    for config, name, _ in model.dropout_rates:
+        setattr(config, name, 0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # attention's is a number in most models
+        for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 

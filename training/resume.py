@@ -1,21 +1,18 @@
 """Where a run starts and goes on: run.json, the latest checkpoint, and the one from before a run of bad steps."""
 
 import hashlib
-import time
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 
 from common import run_folder
 from common.config import FREE_TO_CHANGE, TrainConfig
 from common.errors import UserError
 from common.hub import identity
-from training import backend, checkpoint
+from training import checkpoint
 from training.data import Examples
 
 
@@ -110,34 +107,7 @@ def open_folder(
             checkpoint.clean(folder / "checkpoints", source, config.keep_checkpoints)
         run_folder.write_json(folder / run_folder.RUN, description)
     accelerator.wait_for_everyone()
-    refuse_separate_folders(folder / run_folder.RUN, accelerator)
     return progress
-
-
-def refuse_separate_folders(file: Path, accelerator: Accelerator, patience: float = 60) -> None:
-    """Raise UserError, on every process, where one does not see what the main process has just written.
-
-    Each machine would keep its part of a checkpoint to itself, and the checkpoint could not be loaded.
-
-    Args:
-        patience: seconds; a network's file system may show a new file late.
-    """
-    seen = torch.tensor([_checksum(file)], device=accelerator.device)
-    written, deadline = broadcast(seen.clone()), time.monotonic() + patience
-    while _checksum(file) != written.item() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    if backend.any_process(_checksum(file) != written.item(), accelerator):
-        raise UserError(
-            f"output_dir {file.parent} is not one folder for all processes: it has to be on a file system that all "
-            "machines share"
-        )
-
-
-def _checksum(file: Path) -> int:
-    try:
-        return zlib.crc32(file.read_bytes())
-    except OSError:
-        return -1
 
 
 def _load(source: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
