@@ -275,7 +275,8 @@ Learnt: the loss on {size.golds["gsm8k"]} (GSM8K) or {size.golds["mbpp"]} (MBPP)
 Retained: the loss on {size.passages} Wikipedia passages. Before training: {before}.
 Not run on MBPP, to save time: {", ".join(not_run)}.
 keep_ratio is {KEEP_RATIO} but where it is varied. What is compared, and what counts as a difference (at least
-{MARGIN} nats), was fixed before the seeds were run: [scripts/study/smollm2.py](../../scripts/study/smollm2.py).
+{MARGIN} nats), was fixed before the seeds were run, but for hft on MBPP, which came last:
+[scripts/study/smollm2.py](../../scripts/study/smollm2.py).
 ± is the 95 % interval over seeds (Student's t; p-values are corrected, it is not): of the data's sample and order, not
 of base models or recipes. MBPP's seeds draw {size.steps * size.batch} of the same 374 problems, so that theirs is
 mostly of order. Rates, SFT's frontier and the sweep of keep_ratio come from one other seed, scored on the same texts:
