@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.exceptions import DatasetGenerationError
@@ -282,7 +281,7 @@ def _column_names(path: Path) -> list[str]:
     if path.is_dir():
         return datasets.load_from_disk(str(path)).column_names
     if path.suffix == ".parquet":
-        return pyarrow.parquet.read_schema(path).names
+        return load_dataset("parquet", data_files=str(path), split="train").column_names
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
         beginning = f.read(1 << 20).decode("utf-8", "ignore").lstrip()
     try:
