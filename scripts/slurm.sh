@@ -13,7 +13,7 @@
 # to be on a file system that the machines share. Weights, gradients and moments are cut within a machine and copied between
 # them; SHARD=16 sbatch ... cuts them over 16 GPUs.
 # Fifteen minutes before the time is up Slurm sends USR1: train.py saves and ends, the job is queued again and goes on. A
-# checkpoint takes 12 bytes a parameter, and is written and read once in that time: 13B, 156 GB, need 0.5 GB a second.
+# checkpoint takes 12 bytes a parameter, and is written and read once in that time: 13B, 156 GB, need 0.35 GB a second.
 # A machine that fails also has the job queued again, and preemption where the cluster does so: save_every or
 # save_every_minutes says how much that costs. After scancel, submit it again with --resume.
 set -euo pipefail
